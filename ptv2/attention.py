@@ -1,0 +1,189 @@
+"""How a prefix reaches the attention layers of a transformers encoder.
+
+transformers lets a model name its attention function (https://huggingface.co/docs/transformers/attention_interface).
+The functions registered here put the prefix before the keys and values of the layer that is running and call the
+function they are named after ("ptv2_sdpa" calls "sdpa"). Nothing is copied into a cache, no position moves, and the
+backbone's code is not touched. All that depends on the transformers version or on a model family sits in this file.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ptv2.errors import InputError
+from ptv2.prefix import AttentionShape
+
+_current: ContextVar["_Forward | None"] = ContextVar("ptv2_forward", default=None)
+
+
+class _Forward:
+    """What one forward pass through a backbone carries to its attention layers."""
+
+    def __init__(self, prefix: dict[int, tuple[Tensor, Tensor]], record: bool = False):
+        self.prefix = prefix  # layer -> key, value: [H, P, D], or [B, H, P, D] where the examples differ
+        self.calls = 0  # attention layers run so far: ALBERT calls one module for every layer, so modules can't be asked
+        self.recorded: list[tuple[Tensor, Tensor]] | None = [] if record else None
+        self._mask: tuple[Tensor, Tensor] | None = None
+
+    def widen(self, mask: Tensor, P: int) -> Tensor:
+        """[B, 1, S, S] to [B, 1, S, P + S], the prefix visible to all; one for all layers that share a mask."""
+        if self._mask is None or self._mask[0] is not mask:
+            visible = True if mask.dtype == torch.bool else 0.0
+            self._mask = mask, nn.functional.pad(mask, (P, 0), value=visible)
+        return self._mask[1]
+
+
+def _with_prefix(base_name: str):
+    """An attention function that puts the running forward's prefix before keys and values, then calls the base one."""
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
+        """query, key, value [B, H, S, D]; attention_mask None or [B, 1, S, S], bool or additive."""
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(base_name, _eager_of(module))
+        forward = _current.get()
+        if forward is not None:
+            if forward.recorded is not None:
+                forward.recorded.append((key.detach(), value.detach()))
+            pair = forward.prefix.get(forward.calls)
+            forward.calls += 1
+            if pair is not None:
+                B = query.shape[0]
+                prefix_key, prefix_value = (part.to(key.dtype).expand(B, *part.shape[-3:]) for part in pair)
+                key = torch.cat((prefix_key, key), dim=2)  # [B, H, P + S, D]
+                value = torch.cat((prefix_value, value), dim=2)  # [B, H, P + S, D]
+                if attention_mask is not None:
+                    attention_mask = forward.widen(attention_mask, prefix_key.shape[2])
+        return base(module, query, key, value, attention_mask, **kwargs)
+
+    return attend
+
+
+def _eager_of(module: nn.Module):
+    """The plain attention function that stands beside an attention module in its modelling file."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+for _base in ("sdpa", "eager", "flash_attention_2", "flex_attention"):
+    AttentionInterface.register(f"ptv2_{_base}", _with_prefix(_base))
+    AttentionMaskInterface.register(f"ptv2_{_base}", ALL_MASK_ATTENTION_FUNCTIONS[_base])
+
+
+def attention_shape(config: PretrainedConfig) -> AttentionShape:
+    """Layers, key/value heads and head size of a backbone, from its config."""
+    heads = config.num_attention_heads
+    return AttentionShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        hidden_size=config.hidden_size,
+    )
+
+
+def open_to_prefix(backbone: PreTrainedModel) -> None:
+    """Make a backbone's attention layers look for a prefix; without one they compute what they did before.
+
+    Raises:
+        InputError: this family's attention does not go through transformers' attention interface.
+    """
+    base = backbone.config._attn_implementation
+    if not base.startswith("ptv2_"):
+        refusal = (
+            f"The backbone's family ({backbone.config.model_type}, attention {base}) does not use transformers' "
+            "attention interface in every layer, so a prefix cannot reach it; choose another backbone, such as a "
+            "BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT or ModernBERT."
+        )
+        try:
+            backbone.set_attn_implementation(f"ptv2_{base}")
+        except (ValueError, KeyError) as error:
+            raise InputError(refusal) from error
+        was_training = backbone.training
+        backbone.eval()
+        probe = torch.full((1, 4), backbone.config.pad_token_id or 0, device=backbone.device) + 1
+        with torch.no_grad(), prefix_for_forward({}) as forward:
+            backbone(input_ids=probe, attention_mask=torch.ones_like(probe))
+        backbone.train(was_training)
+        if forward.calls != attention_shape(backbone.config).num_layers:
+            raise InputError(refusal)
+
+
+@contextmanager
+def prefix_for_forward(prefix: dict[int, tuple[Tensor, Tensor]], record: bool = False) -> Iterator[_Forward]:
+    """While this is open, the n-th attention layer that runs in this thread sees `prefix[n]`.
+
+    Args:
+        prefix: layer index -> key and value, each [H, P, D] for all examples or [B, H, P, D] one by one.
+        record: keep each layer's own keys and values, [B, H, S, D], in `recorded`.
+    """
+    forward = _Forward(prefix, record)
+    token = _current.set(forward)
+    try:
+        yield forward
+    finally:
+        _current.reset(token)
+
+
+@torch.no_grad()
+def sample_activations(
+    backbone: PreTrainedModel, batches: list[dict[str, Tensor]], prefix_length: int, generator: torch.Generator
+) -> Tensor:
+    """The backbone's own keys and values at random positions of text: a prefix that looks like what it has seen.
+
+    One (example, position) is drawn for each place of the prefix, the same in all layers, so that a place holds the
+    keys and values of one token on its way up.
+
+    Args:
+        backbone: opened by `open_to_prefix`.
+        batches: of input_ids, attention_mask, ... [B, S] each.
+        prefix_length: P.
+        generator: on the CPU; fixes the draw.
+
+    Returns:
+        float [L, 2, H, P, D], for all layers of the backbone.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    places = []  # of every real token: its keys and values, [L, 2, H, D] each, stacked batch by batch
+    per_batch = -(-prefix_length // len(batches))
+    for batch in batches:
+        with prefix_for_forward({}, record=True) as forward:
+            backbone(**batch)
+        real = batch["attention_mask"].bool().nonzero().cpu()  # [tokens, 2]
+        drawn = real[torch.randperm(len(real), generator=generator)[:per_batch]]  # [n, 2]
+        layers = [torch.stack((key, value)) for key, value in forward.recorded]  # L x [2, B, H, S, D]
+        for example, position in drawn.tolist():
+            places.append(torch.stack([layer[:, example, :, position] for layer in layers]).float().cpu())
+    backbone.train(was_training)
+    # A short text has fewer tokens than the prefix has places: go round again.
+    places = [places[i % len(places)] for i in range(prefix_length)]
+    return torch.stack(places, dim=3)  # [L, 2, H, P, D]
+
+
+def shifted_position_ids(backbone: PreTrainedModel, input_ids: Tensor, prefix_length: int) -> Tensor:
+    """Positions as if P tokens stood before the text, int [B, S].
+
+    Raises:
+        InputError: the backbone has no absolute positions to shift, or too few of them.
+    """
+    B, S = input_ids.shape
+    embeddings = getattr(backbone, "embeddings", None)
+    make = getattr(embeddings, "create_position_ids_from_input_ids", None)
+    if make is not None:  # RoBERTa and its kin number real tokens from padding_idx + 1
+        position_ids = make(input_ids, embeddings.padding_idx, prefix_length)
+    else:
+        position_ids = torch.arange(prefix_length, prefix_length + S, device=input_ids.device).expand(B, S)
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        raise InputError(f"shift_positions is on, but a {backbone.config.model_type} takes no position_ids; switch it off.")
+    limit = backbone.config.max_position_embeddings
+    if int(position_ids.max()) >= limit:
+        raise InputError(
+            f"shift_positions moves the text to position {int(position_ids.max())}; the backbone has {limit} positions: "
+            "take a smaller max_length or prefix_length, or switch shift_positions off."
+        )
+    return position_ids

@@ -1,0 +1,226 @@
+"""The commands: progress and logs on stderr, results on stdout; exit status 0, 1 (failed) or 2 (bad usage or input)."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shlex
+import sys
+import types
+import typing
+from pathlib import Path
+
+# Nothing here is sent out unasked, and forked tokeniser threads are not needed for windows that are cached.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import ptv2
+from ptv2 import records
+from ptv2.answers import QuestionAnswerer
+from ptv2.errors import InputError
+from ptv2.features import WindowConfig
+from ptv2.methods import count_parameters
+from ptv2.metrics import best_threshold, score
+from ptv2.prefix import PrefixConfig
+from ptv2.squad import Example, examples_sha256, load_examples
+from ptv2.training import TrainingConfig, show_progress, train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run_command(options)
+    except InputError as error:
+        print(f"ptv2: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ptv2: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"ptv2: {error}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ptv2", description=ptv2.__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run_command, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run_command=run_command)
+        return added
+
+    added = command("train", _train, "Train a method on questions; a run that was cut off goes on.")
+    for config in _CONFIGS:
+        _add_options(added, config)
+    added.add_argument("--output-dir", required=True, type=Path, help="the run's directory, new or of the same run")
+
+    added = command("evaluate", _evaluate, "Score a run on questions: one JSON object on stdout.")
+    _add_run_and_data(added)
+    added.add_argument("--output", type=Path, help="also write the object to this file")
+
+    added = command("predict", _predict, "Write answers in the official form, {question id: text}.")
+    _add_run_and_data(added)
+    added.add_argument("--output", required=True, type=Path, help="file to write")
+    added.add_argument("--n-best", type=Path, help="also write every question's n best answers to this file")
+
+    added = command("answer", _answer, "Answer one question: a JSON list, best first, on stdout.")
+    added.add_argument("run", type=Path, help="a run's or checkpoint's directory")
+    added.add_argument("--question", required=True)
+    added.add_argument("--context", required=True, help='the text, or "-" to read it from stdin')
+    added.add_argument("--top-k", type=int, default=1, help="how many answers (default 1)")
+
+    added = command("params", _params, "Count a run's parameters: one JSON object on stdout.")
+    added.add_argument("run", type=Path, help="a run's or checkpoint's directory")
+
+    added = command("report", _report, "Tabulate records as Markdown on stdout, and draw them.")
+    added.add_argument("records", type=Path, nargs="+", help="runs, or directories of records")
+    added.add_argument("--figure", type=Path, help="draw F1 against trained parameters here (.svg or .png)")
+    return parser
+
+
+def _add_run_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a run's or checkpoint's directory")
+    parser.add_argument("--data", default="embedded", help="SQuAD file, hub data set or embedded (default; its dev part)")
+    parser.add_argument("--batch-size", type=int, default=32, help="windows per forward pass (default 32)")
+
+
+_CONFIGS = (TrainingConfig, PrefixConfig, WindowConfig)
+_NESTED = {"prefix": PrefixConfig, "windows": WindowConfig}
+
+
+def _options(config: type) -> list[tuple[dataclasses.Field, str]]:
+    """A config's plain fields and their names on the command line."""
+    return [(f, "--" + f.name.replace("_", "-")) for f in dataclasses.fields(config) if f.name not in _NESTED]
+
+
+def _add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    """One option per field, typed by its annotation, explained by the class's own docstring."""
+    hints, help_of = typing.get_type_hints(config), _argument_help(config)
+    group = parser.add_argument_group(config.__name__)
+    for field, option in _options(config):
+        kind, many = _kind(hints[field.name])
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = f"{help_of[field.name]} (default: {'none' if shown is None else shown})".replace("%", "%%")
+        if kind is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        else:
+            group.add_argument(
+                option, type=kind, default=field.default, help=text, nargs="+" if many else None,
+                metavar={int: "N", float: "X", str: "NAME"}[kind],
+            )  # fmt: skip
+
+
+def _kind(hint) -> tuple[type, bool]:
+    """The plain type behind an annotation, and whether several values are given: `tuple[int, ...] | None` is (int, True)."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    if typing.get_origin(hint) is typing.Literal:
+        return str, False
+    return hint, False
+
+
+def _argument_help(config: type) -> dict[str, str]:
+    section = re.search(r"Args:\n(.*?)(\n\s*\n|\Z)", config.__doc__, re.S).group(1)
+    entries = re.findall(r"^        (\w+): (.*?)(?=^        \w|\Z)", section, re.S | re.M)
+    return {name: " ".join(text.split()).rstrip(".") for name, text in entries}
+
+
+def config_from(options: argparse.Namespace) -> TrainingConfig:
+    """The training config that a command line asks for."""
+    values = {config: {f.name: getattr(options, f.name) for f, _ in _options(config)} for config in _CONFIGS}
+    nested = {name: config(**values[config]) for name, config in _NESTED.items()}
+    return TrainingConfig(**values[TrainingConfig], **nested)
+
+
+def command_line(config: TrainingConfig, run: Path) -> str:
+    """The command that repeats a training run: every option that differs from its default, and what decides the data."""
+    words = ["ptv2", "train"]
+    for holder in (config, config.prefix, config.windows):
+        for field, option in _options(type(holder)):
+            value = getattr(holder, field.name)
+            if value == field.default and field.name not in ("method", "train_data", "seed"):
+                continue
+            if isinstance(value, bool):
+                words.append(option if value else option.replace("--", "--no-", 1))
+            else:
+                words += [option, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join([*words, "--output-dir", str(run)])
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = config_from(options)
+    with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its log lines
+        record = train(config, options.output_dir, command_line(config, options.output_dir))
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print_json({"run": str(options.output_dir), "wall_seconds": record["wall_seconds"], **record["metrics"]})
+
+
+def _questions(options: argparse.Namespace) -> tuple[QuestionAnswerer, list[Example], list]:
+    if options.batch_size < 1:
+        raise InputError(f"batch_size is {options.batch_size}; it must be at least 1.")
+    answerer = QuestionAnswerer.from_pretrained(options.run)
+    examples = load_examples(options.data, "dev")
+    return answerer, examples, answerer.predict_examples(examples, options.batch_size, show_progress)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    answerer, examples, predictions = _questions(options)
+    best = {e.id: p.best.text for e, p in zip(examples, predictions, strict=True)}
+    result = score(best, examples).to_dict()
+    if any(example.is_impossible for example in examples):
+        spans = {e.id: p.best_span.text for e, p in zip(examples, predictions, strict=True)}
+        odds = {e.id: p.no_answer_odds for e, p in zip(examples, predictions, strict=True)}
+        result["best_f1"], result["best_f1_threshold"] = best_threshold(spans, examples, odds)
+    described = {"run": options.run.name, "method": answerer.model.method}
+    data = {"data": Path(options.data).name, "data_sha256": examples_sha256(examples)}
+    provenance = {
+        "command": shlex.join(["ptv2", "evaluate", str(options.run), "--data", options.data]), "date": records.now(),
+        "versions": records.versions(), "git_commit": records.git_commit(), "machine": records.machine(),
+    }  # fmt: skip
+    record = {**described, **data, **result, **provenance}
+    if options.output:
+        records.write_json(options.output, record)
+    _print_json(record)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    _, examples, predictions = _questions(options)
+    records.write_json(options.output, {e.id: p.best.text for e, p in zip(examples, predictions, strict=True)})
+    if options.n_best:
+        lists = {
+            e.id: [dataclasses.asdict(answer) for answer in p.answers] for e, p in zip(examples, predictions, strict=True)
+        }
+        records.write_json(options.n_best, lists)
+
+
+def _answer(options: argparse.Namespace) -> None:
+    context = sys.stdin.read() if options.context == "-" else options.context
+    answers = QuestionAnswerer.from_pretrained(options.run)(options.question, context, options.top_k)
+    _print_json([dataclasses.asdict(answer) for answer in answers])
+
+
+def _params(options: argparse.Namespace) -> None:
+    answerer = QuestionAnswerer.from_pretrained(options.run, precision="fp32")
+    stored = sum(file.stat().st_size for file in options.run.glob("*.safetensors"))
+    counted = count_parameters(answerer.model, stored)
+    _print_json({**dataclasses.asdict(counted), "share_of_backbone": counted.share})
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ptv2.plots import draw_comparison, read_results, results_table
+
+    results = read_results(options.records)
+    print(results_table(results))
+    if options.figure:
+        draw_comparison(results, options.figure)
+
+
+def _print_json(content: object) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))

@@ -1,0 +1,212 @@
+"""Questions about texts: from a SQuAD 1.1 or 2.0 file, a hub data set or the embedded corpus, every answer span checked.
+
+Format: https://rajpurkar.github.io/SQuAD-explorer/ (`data[].paragraphs[].{context, qas[]}`); 2.0 adds `is_impossible`
+and `plausible_answers` (Rajpurkar et al., ACL 2018, https://aclanthology.org/P18-2124).
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from ptv2.errors import InputError
+
+CORPUS = Path(__file__).parent / "corpus"
+_HUB_SPLITS = {"train": "train", "dev": "validation"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """An annotated answer: its text, and the character offset in the context at which it stands."""
+
+    text: str
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.text)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about a context. No answers: the context does not hold one (SQuAD 2.0)."""
+
+    id: str
+    title: str
+    question: str
+    context: str
+    answers: tuple[Span, ...]
+
+    @property
+    def is_impossible(self) -> bool:
+        return not self.answers
+
+
+def load_examples(source: str | Path, split: str = "train") -> list[Example]:
+    """All examples of a source, in its order.
+
+    Args:
+        source: a .json or .json.gz file; "embedded"; or a data set in SQuAD's columns (`id`, `title`, `context`,
+            `question`, `answers`): a hub name such as "rajpurkar/squad_v2", or a local directory laid out like one.
+        split: "train" or "dev" (the hub's "validation"); a file has no splits and is read whole.
+
+    Raises:
+        InputError: names the file, the paragraph and the question of the first thing that is wrong, and how many more are.
+    """
+    if split not in _HUB_SPLITS:
+        raise InputError(f'The split "{split}" is unknown; choose "train" or "dev".')
+    if source == "embedded":
+        return _read_file(CORPUS / f"{split}.json")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if str(source).endswith((".json", ".gz")):
+        raise InputError(f"{source} does not exist.")
+    return _read_dataset(str(source), _HUB_SPLITS[split])
+
+
+def _read_file(path: Path) -> list[Example]:
+    try:
+        raw = path.read_bytes()
+        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        content = json.loads(text.decode("utf-8-sig"))
+    except (EOFError, gzip.BadGzipFile, OSError) as error:
+        raise InputError(f"{path} could not be read: {error}. Copy or download it again.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}. Mend it there or download it again.") from error
+    return _checked(str(path), _walk(str(path), content))
+
+
+def _read_dataset(name: str, split: str) -> list[Example]:
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets, the hub, pyarrow and fsspec each raise their own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f'"{name}" is no file, and as a data set it could not be loaded: {type(error).__name__}: {reason}') from error
+    return _checked(f"{name} ({split})", ((f"row {i}", row) for i, row in enumerate(_rows(rows, name))))
+
+
+def _rows(rows: datasets.Dataset, name: str) -> Iterator[dict]:
+    missing = {"id", "context", "question", "answers"} - set(rows.column_names)
+    if missing:
+        raise InputError(f'The data set "{name}" lacks the column {sorted(missing)[0]}; SQuAD\'s columns are needed.')
+    for row in rows:
+        answers = row["answers"]
+        if isinstance(answers, dict):  # hub form: lists side by side
+            answers = [{"text": t, "answer_start": s} for t, s in zip(answers["text"], answers["answer_start"], strict=True)]
+        yield {"title": row.get("title", ""), "context": row["context"], "id": row["id"], "question": row["question"], "answers": answers}
+
+
+def _walk(path: str, content: object) -> Iterator[tuple[str, dict]]:
+    """Each question of a SQuAD file with its place in it; a wrong type or missing field stops with its place."""
+    for a, article in enumerate(_field(content, "data", list, path)):
+        title = article.get("title", "") if isinstance(article, dict) else ""
+        for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{path}, article {a}")):
+            place = f"{path}, article {a} ({title}), paragraph {p}"
+            context = _field(paragraph, "context", str, place)
+            for q, entry in enumerate(_field(paragraph, "qas", list, place)):
+                at = f"{place}, question {entry.get('id', q) if isinstance(entry, dict) else q}"
+                answers = [] if isinstance(entry, dict) and entry.get("is_impossible") is True else _field(entry, "answers", list, at)
+                yield at, {
+                    "title": str(title), "context": context, "answers": answers,
+                    "id": str(_field(entry, "id", (str, int), at)), "question": _field(entry, "question", str, at),
+                }
+
+
+def _field(holder: object, name: str, kind: type | tuple, place: str):
+    if not isinstance(holder, dict) or name not in holder:
+        raise InputError(f'{place}: the field "{name}" is missing; add it (SQuAD form).')
+    if not isinstance(holder[name], kind):
+        raise InputError(f'{place}: the field "{name}" is a {type(holder[name]).__name__}, which SQuAD\'s form does not allow there.')
+    return holder[name]
+
+
+def _checked(source: str, rows: Iterable[tuple[str, dict]]) -> list[Example]:
+    """Examples from raw questions; all are looked at before the first problem is reported."""
+    examples, problems, seen = [], [], set()
+    for place, row in rows:
+        problem = _problem(row, seen)
+        if problem:
+            problems.append(f"{place}: {problem}" if place.startswith(source) else f"{source}, {place}, question {row['id']}: {problem}")
+            continue
+        seen.add(row["id"])
+        spans = tuple(Span(answer["text"], answer["answer_start"]) for answer in row["answers"])
+        examples.append(Example(row["id"], row["title"], row["question"], row["context"], spans))
+    if problems:
+        more = f" ({len(problems) - 1} more like this)" if len(problems) > 1 else ""
+        raise InputError(problems[0] + more)
+    if not examples:
+        raise InputError(f"{source} holds no questions.")
+    return examples
+
+
+def _problem(row: dict, seen: set[str]) -> str | None:
+    """What is wrong with a question, or None."""
+    if row["id"] in seen:
+        return "this id was used before; ids must differ."
+    if not row["context"].strip():
+        return "the context is empty; give it a text."
+    if not row["question"].strip():
+        return "the question is empty; give it a text."
+    for answer in row["answers"]:
+        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
+            return 'an answer lacks the field "text"; add it.'
+        start = answer.get("answer_start")
+        if not isinstance(start, int) or isinstance(start, bool):
+            return 'an answer lacks the whole number "answer_start"; add it.'
+        text = answer["text"]
+        if not text.strip():
+            return "an answer is empty; leave it out, and set is_impossible if there is none."
+        there = row["context"][start : start + len(text)] if start >= 0 else ""
+        if there != text:
+            return f"the answer {text[:60]!r} does not stand at character {start}, where the context has {there[:60]!r}; correct answer_start."
+    return None
+
+
+def examples_sha256(examples: Iterable[Example]) -> str:
+    """A hash of everything in the examples, in order: what a record says a run was trained or scored on."""
+    digest = hashlib.sha256()
+    for example in examples:
+        spans = [[span.text, span.start] for span in example.answers]
+        row = [example.id, example.title, example.question, example.context, spans]
+        digest.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def hold_out(examples: list[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Split by article, so that no text is on both sides; an article with over a tenth of all questions is cut by paragraph.
+
+    Args:
+        share: of the questions to hold out, above 0 and below 1.
+
+    Returns:
+        (kept, held out), each in the original order; about `share` of the questions are held out.
+    """
+    if not 0.0 < share < 1.0:
+        raise InputError(f"The held-out share is {share}; it must be above 0 and below 1.")
+    per_title: dict[str, int] = {}
+    for example in examples:
+        per_title[example.title] = per_title.get(example.title, 0) + 1
+
+    def group(example: Example) -> tuple[str, str]:
+        large = per_title[example.title] > len(examples) / 10
+        return (example.title, example.context if large else "")
+
+    sizes: dict[tuple[str, str], int] = {}
+    for example in examples:
+        sizes[group(example)] = sizes.get(group(example), 0) + 1
+    names = list(sizes)
+    out, count = set(), 0
+    for index in np.random.default_rng(seed).permutation(len(names)):
+        if count >= share * len(examples):
+            break
+        out.add(names[index])
+        count += sizes[names[index]]
+    return [e for e in examples if group(e) not in out], [e for e in examples if group(e) in out]

@@ -1,0 +1,337 @@
+"""Training on transformers.Trainer: from a config to a run directory that says all that is needed to repeat it."""
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ptv2 import records
+from ptv2.answers import AnswerConfig, QuestionAnswerer
+from ptv2.backbone import DEFAULT_BACKBONE, fast_dtype, load_tokenizer, resolve_backbone
+from ptv2.errors import InputError
+from ptv2.features import MODEL_INPUTS, LengthGroupedSampler, WindowConfig, collate, make_features
+from ptv2.methods import METHODS, build_model, count_parameters
+from ptv2.metrics import score
+from ptv2.model import SpanModel
+from ptv2.prefix import PrefixConfig
+from ptv2.squad import Example, examples_sha256, hold_out, load_examples
+
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+_COMPLETE = "complete"  # written last into a training checkpoint: one without it was cut off by a kill
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All that decides a run's result, the machine aside.
+
+    Args:
+        method: p-tuning-v2, fine-tuning, head-only, lora, prompt-tuning or bitfit.
+        backbone: directory or hub name of the pretrained encoder.
+        train_data: SQuAD files, hub data sets or "embedded"; several are joined.
+        eval_data: questions on which the best checkpoint is picked; none holds out a part of the training articles.
+        held_out: share of the training questions to hold out where eval_data is not given.
+        epochs: passes over the training windows.
+        max_steps: stop after this many optimiser steps instead; 0 for epochs.
+        batch_size: windows per device and forward pass.
+        gradient_accumulation: forward passes per optimiser step.
+        learning_rate: of what the method trains beside the head; 0 for the method's default.
+        head_learning_rate: of the span head; 0 for the method's default.
+        weight_decay: of AdamW, on weights that are not biases or norms.
+        warmup: share of the steps over which the learning rate rises; it then falls linearly to 0.
+        max_grad_norm: to which the gradient is clipped; 0 for no clipping.
+        evaluations: how often per run the held-out questions are answered and a checkpoint is kept.
+        seed: of initialisation, order and dropout.
+        precision: "fp32", "bf16" or "auto" (bf16 where the machine has it built in).
+        lora_rank: of lora.
+        prefix: the prefix of p-tuning-v2; prefix_length also counts prompt-tuning's vectors.
+        windows: how texts are cut.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    method: str = "p-tuning-v2"
+    backbone: str = DEFAULT_BACKBONE
+    train_data: tuple[str, ...] = ("embedded",)
+    eval_data: str | None = None
+    held_out: float = 0.05
+    epochs: float = 3.0
+    max_steps: int = 0
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    learning_rate: float = 0.0
+    head_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+    evaluations: int = 5
+    seed: int = 0
+    precision: str = "auto"
+    lora_rank: int = 8
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    windows: WindowConfig = field(default_factory=WindowConfig)
+
+    def __post_init__(self):
+        object.__setattr__(self, "train_data", tuple(self.train_data))
+        if self.method not in METHODS:
+            raise InputError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
+        if not self.train_data:
+            raise InputError("train_data is empty; name a file, a hub data set or embedded.")
+        for name in ("batch_size", "gradient_accumulation", "evaluations", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if not 0 < self.epochs < float("inf"):
+            raise InputError(f"epochs is {self.epochs}; it must be above 0.")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup is {self.warmup}; it must be at least 0 and below 1.")
+        if self.eval_data is None and not 0 < self.held_out < 1:
+            raise InputError(f"held_out is {self.held_out}; it must be above 0 and below 1, or give eval_data.")
+        fast_dtype(self.precision)  # names the allowed values
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "train_data": list(self.train_data), "prefix": self.prefix.to_dict()}
+
+
+class QATrainer(Trainer):
+    """Trainer that evaluates by answering, keeps only what is trained, and can be killed at any moment."""
+
+    def __init__(self, model: SpanModel, config: TrainingConfig, answerer: QuestionAnswerer, dev: list[Example], **kwargs):
+        super().__init__(model=model, **kwargs)
+        self.config, self.answerer, self.dev = config, answerer, dev
+
+    def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
+        # All processes together see the order that one process with the whole batch would see.
+        whole_batch = self.config.batch_size * self.config.gradient_accumulation * self.args.world_size
+        return LengthGroupedSampler(self.train_dataset["length"], whole_batch, self.config.seed)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            method, config = METHODS[self.config.method], self.config
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups = []
+            for is_head, rate in (
+                (False, config.learning_rate or method.learning_rate),
+                (True, config.head_learning_rate or method.head_learning_rate),
+            ):
+                for decays in (True, False):
+                    names = [
+                        name
+                        for name in self.model.trained_names
+                        if name.startswith("qa_outputs.") == is_head and (name in decayed) == decays
+                    ]
+                    if names:
+                        parameters = [self.model.get_parameter(name) for name in names]
+                        groups.append({"params": parameters, "lr": rate, "weight_decay": config.weight_decay * decays})
+            optimiser, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimiser(groups, **options)
+        return self.optimizer
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Answer the held-out questions; EM and F1 in percent go to the log and decide which checkpoint is best."""
+        predictions = self.answerer.predict_examples(self.dev)
+        scores = score({e.id: p.best.text for e, p in zip(self.dev, predictions, strict=True)}, self.dev)
+        metrics = {f"{metric_key_prefix}_exact_match": scores.exact_match.value, f"{metric_key_prefix}_f1": scores.f1.value}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        path = Path(output_dir or self.args.output_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(self.model.trained_state(), path / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / _COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        self.model.load_trained_state(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+
+    def _load_best_model(self) -> None:
+        self.model.load_trained_state(Path(self.state.best_model_checkpoint) / SAFE_WEIGHTS_NAME)
+
+
+class _RunCallback(TrainerCallback):
+    """Evaluates after the last step too, and notes the seconds spent at every checkpoint, so that a killed run keeps them."""
+
+    def __init__(self, run: Path, record: dict):
+        self.run, self.record = run, record
+        self.before, self.started = record["wall_seconds"], time.monotonic()
+
+    def seconds(self) -> float:
+        return round(self.before + time.monotonic() - self.started, 1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.record["wall_seconds"] = self.seconds()
+            records.write_json(self.run / RUN_FILE, self.record)
+
+
+def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
+    """Train into the directory `run`, or go on with a run that was cut off there.
+
+    Args:
+        command: that repeats this run, for the record.
+
+    Returns:
+        the record, as it stands in run.json; the trained weights lie beside it.
+
+    Raises:
+        InputError: bad data or options, or `run` holds something else.
+    """
+    run = Path(run)
+    arguments = _arguments(config, run)  # starts the process group where there are several processes
+    with arguments.main_process_first(local=False, desc="open the run"):
+        record = _open_run(config, run)
+    if record is not None and record["status"] == "finished":
+        return record
+    resumed = record is not None
+
+    train_examples = [example for source in config.train_data for example in load_examples(source, "train")]
+    _refuse_shared_ids(train_examples, config.train_data)
+    if config.eval_data is None:
+        train_examples, dev = hold_out(train_examples, config.held_out)
+    else:
+        dev = load_examples(config.eval_data, "dev")
+    if not train_examples or not dev:
+        raise InputError(f"{len(train_examples)} questions to train on and {len(dev)} held out: both must be some; change held_out.")
+    data = {
+        name: {"questions": len(examples), "sha256": examples_sha256(examples)}
+        for name, examples in (("train", train_examples), ("held_out", dev))
+    }
+    backbone = resolve_backbone(config.backbone)
+    if resumed and (record["data"], record["backbone"]["sha256"]) != (data, backbone.sha256):
+        raise InputError(f"{run} was started on other data or another backbone's weights; give it those, or choose another directory.")
+    set_seed(config.seed)
+    texts = sorted({example.context for example in train_examples})
+    model = build_model(
+        config.method, config.backbone, config.prefix, lora_rank=config.lora_rank, texts=texts, seed=config.seed,
+        precision=config.precision,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(backbone)
+    with arguments.main_process_first(desc="tokenise"):  # the others find the cache
+        features = make_features(train_examples, tokenizer, config.windows)
+    whole_batch = config.batch_size * config.gradient_accumulation * arguments.world_size
+    steps = config.max_steps or max(1, int(-(-len(features) // whole_batch) * config.epochs))
+    arguments.eval_steps = arguments.save_steps = max(1, -(-steps // config.evaluations))
+    answers = AnswerConfig(allow_no_answer=any(example.is_impossible for example in train_examples))
+    answerer = QuestionAnswerer(model, config.windows, answers)
+    if not resumed:
+        record = {
+            "status": "running", "command": command, "config": config.to_dict(), "date": records.now(),
+            "versions": records.versions(), "git_commit": records.git_commit(), "machine": records.machine(),
+            "data": {**data}, "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+            "parameters": asdict(count_parameters(model)), "windows": len(features),
+            "dtype": str(fast_dtype(config.precision)).removeprefix("torch."), "wall_seconds": 0.0,
+        }  # fmt: skip
+    main_process = arguments.process_index == 0
+    if main_process:
+        records.write_json(run / RUN_FILE, record)
+    columns = [name for name in (*MODEL_INPUTS, "length") if name in features.column_names]
+    callback = _RunCallback(run, record)
+    trainer = QATrainer(
+        model, config, answerer, dev, args=arguments, train_dataset=features.select_columns(columns), eval_dataset=dev,
+        data_collator=partial(collate, tokenizer=tokenizer), callbacks=[callback],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=_last_checkpoint(run / CHECKPOINTS))
+    if main_process:
+        model.save_pretrained(run, windows=asdict(config.windows), answers=asdict(answers))
+        best = max((entry for entry in trainer.state.log_history if "eval_f1" in entry), key=lambda entry: entry["eval_f1"])
+        record.update(
+            status="finished",
+            finished=records.now(),
+            wall_seconds=callback.seconds(),
+            peak_memory_mib=round(records.peak_memory_mib(), 1),
+            steps=trainer.state.global_step,
+            log_history=trainer.state.log_history,
+            metrics={"held_out_exact_match": best["eval_exact_match"], "held_out_f1": best["eval_f1"], "step": best["step"]},
+        )
+        record["parameters"]["stored_bytes"] = sum(file.stat().st_size for file in run.glob("*.safetensors"))
+        records.write_json(run / RUN_FILE, record)
+        shutil.rmtree(run / CHECKPOINTS)
+    return record
+
+
+def _open_run(config: TrainingConfig, run: Path) -> dict | None:
+    """The record of a run begun in this directory with this config; None for a new or empty directory."""
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return None
+    if not (run / RUN_FILE).is_file():
+        raise InputError(f"{run} exists and is not a run of ptv2; choose another output directory.")
+    record = records.read_json(run / RUN_FILE)
+    before, now = record.get("config", {}), config.to_dict()
+    different = [name for name in now if before.get(name) != now[name]]
+    if different:
+        name = different[0]
+        raise InputError(f"{run} holds a run with {name} = {before.get(name)}, not {now[name]}; choose another output directory.")
+    return record
+
+
+def _refuse_shared_ids(examples: list[Example], sources: tuple[str, ...]) -> None:
+    seen = set()
+    for example in examples:
+        if example.id in seen:
+            raise InputError(f"The question id {example.id} stands in more than one of {', '.join(sources)}; name each question once.")
+        seen.add(example.id)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; those that a kill cut off are deleted."""
+    whole = []
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (checkpoint / _COMPLETE).exists():
+            whole.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # another process of this run may be doing the same
+    return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if whole else None
+
+
+def _arguments(config: TrainingConfig, run: Path) -> TrainingArguments:
+    cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(run / CHECKPOINTS),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        warmup_steps=config.warmup,  # below 1 it is a share of all steps
+        lr_scheduler_type="linear",
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        # A frozen backbone is kept in its dtype; autocast is for one whose weights are trained.
+        bf16=config.method in ("fine-tuning", "bitfit") and fast_dtype(config.precision) == torch.bfloat16,
+        use_cpu=cpu,
+        eval_strategy="steps",
+        save_strategy="steps",
+        logging_steps=10,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="f1",
+        remove_unused_columns=False,
+        report_to="none",
+        dataloader_pin_memory=not cpu,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def show_progress(batches: list) -> tqdm:
+    """A bar over batches that are answered, on stderr."""
+    return tqdm(batches, desc="answer", unit="batch")
