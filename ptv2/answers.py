@@ -83,9 +83,7 @@ class Prediction:
         return next((answer for answer in self.answers if answer.text), self.answers[0])
 
 
-def best_spans(
-    start_logits: Tensor, end_logits: Tensor, is_context: Tensor, config: AnswerConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+def best_spans(start_logits: Tensor, end_logits: Tensor, is_context: Tensor, config: AnswerConfig) -> tuple[Tensor, Tensor, Tensor]:
     """The n best spans of each window, exactly: every allowed pair of tokens is looked at.
 
     Args:
@@ -192,9 +190,7 @@ class QuestionAnswerer:
     >>> qa(question="Who keeps the light?", context="A keeper tends the lamp.", top_k=3)
     """
 
-    def __init__(
-        self, model: SpanModel, windows: WindowConfig | None = None, answers: AnswerConfig | None = None
-    ):
+    def __init__(self, model: SpanModel, windows: WindowConfig | None = None, answers: AnswerConfig | None = None):
         self.model, self.windows, self.answers = model.eval(), windows or WindowConfig(), answers or AnswerConfig()
         self.tokenizer = load_tokenizer(model.source)
 

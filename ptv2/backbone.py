@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from ptv2.errors import InputError
@@ -59,9 +58,7 @@ def resolve_backbone(name: str) -> Backbone:
         else:
             found = _described(name, Path(spec.origin).parent / "model")
             if found.sha256 != expected:
-                raise InputError(
-                    f"The weights in the package {package} have sha256 {found.sha256}, not {expected}: reinstall the package."
-                )
+                raise InputError(f"The weights in the package {package} have sha256 {found.sha256}, not {expected}: reinstall the package.")
             return found
     try:
         return _described(name, Path(snapshot_download(name, allow_patterns=_FILES)))

@@ -194,9 +194,7 @@ def _predict(options: argparse.Namespace) -> None:
     _, examples, predictions = _questions(options)
     records.write_json(options.output, {e.id: p.best.text for e, p in zip(examples, predictions, strict=True)})
     if options.n_best:
-        lists = {
-            e.id: [dataclasses.asdict(answer) for answer in p.answers] for e, p in zip(examples, predictions, strict=True)
-        }
+        lists = {e.id: [dataclasses.asdict(answer) for answer in p.answers] for e, p in zip(examples, predictions, strict=True)}
         records.write_json(options.n_best, lists)
 
 

@@ -93,9 +93,7 @@ def _columns(tokenizer: PreTrainedTokenizerFast) -> datasets.Features:
     return datasets.Features({**dict.fromkeys(lists, many), **dict.fromkeys(single, one)})
 
 
-def _windows(
-    examples: list[Example], indices: list[int], tokenizer: PreTrainedTokenizerFast, config: WindowConfig
-) -> dict[str, list]:
+def _windows(examples: list[Example], indices: list[int], tokenizer: PreTrainedTokenizerFast, config: WindowConfig) -> dict[str, list]:
     questions = [_shorten(example.question.strip(), tokenizer, config.max_question_length) for example in examples]
     encoded = tokenizer(
         questions,

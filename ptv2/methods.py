@@ -74,7 +74,7 @@ class PromptModel(SpanModel):
         """Inputs int [B, S] each to the text's hidden states [B, S, E]; the prompt's P are cut off."""
         P, (B, S) = self.prefix_length, inputs["input_ids"].shape
         limit = self.backbone.config.max_position_embeddings
-        if P + S > limit:
+        if limit < P + S:
             raise InputError(f"{P} prompt and {S} text tokens exceed the backbone's {limit} positions; lower max_length.")
         words = self.backbone.get_input_embeddings()(inputs["input_ids"])  # [B, S, E]
         prompt = self.prompt(torch.arange(P, device=words.device)).to(words.dtype).expand(B, -1, -1)  # [B, P, E]
@@ -134,20 +134,29 @@ METHODS: dict[str, Method] = {
         "P-tuning v2", _prefix, lambda b: prefix_parameter_count(b.prefix, _shape(b)), 1e-1, 1e-1, "Liu et al., ACL 2022"
     ),
     "fine-tuning": Method(
-        "full fine-tuning", _plain("fine-tuning", lambda name: True), lambda b: _size(b.encoder.parameters()), 2e-4, 2e-4,
+        "full fine-tuning",
+        _plain("fine-tuning", lambda name: True),
+        lambda b: _size(b.encoder.parameters()),
+        2e-4,
+        2e-4,
         "Devlin et al., NAACL 2019",
     ),
-    "head-only": Method(
-        "head only", _plain("head-only", lambda name: False), lambda b: 0, 1e-2, 1e-2, "linear probe"
-    ),
+    "head-only": Method("head only", _plain("head-only", lambda name: False), lambda b: 0, 1e-2, 1e-2, "linear probe"),
     "lora": Method("LoRA", LoraModel, _lora_count, 3e-3, 1e-2, "Hu et al., ICLR 2022"),
     "prompt-tuning": Method(
-        "prompt tuning", PromptModel, lambda b: b.prefix.prefix_length * b.encoder.config.hidden_size, 1e-1, 1e-2,
+        "prompt tuning",
+        PromptModel,
+        lambda b: b.prefix.prefix_length * b.encoder.config.hidden_size,
+        1e-1,
+        1e-2,
         "Lester et al., EMNLP 2021",
     ),
     "bitfit": Method(
-        "BitFit", _plain("bitfit", lambda name: name.endswith(".bias")),
-        lambda b: _size(p for name, p in b.encoder.named_parameters() if name.endswith(".bias")), 3e-3, 1e-2,
+        "BitFit",
+        _plain("bitfit", lambda name: name.endswith(".bias")),
+        lambda b: _size(p for name, p in b.encoder.named_parameters() if name.endswith(".bias")),
+        3e-3,
+        1e-2,
         "Ben Zaken et al., ACL 2022",
     ),
 }

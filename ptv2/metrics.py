@@ -81,9 +81,7 @@ def score(predictions: dict[str, str], examples: list[Example]) -> Scores:
             parts["has_answer_f1"] = 100 * float(f1[~impossible].mean())
     else:
         overall = _torchmetrics(predictions, examples)
-    exact_match, f1 = (
-        Interval(float(value), *bootstrap_interval(scores)) for value, scores in zip(overall, (em, f1), strict=True)
-    )
+    exact_match, f1 = (Interval(float(value), *bootstrap_interval(scores)) for value, scores in zip(overall, (em, f1), strict=True))
     return Scores(exact_match, f1, len(examples), **parts)
 
 
@@ -119,9 +117,7 @@ def _torchmetrics(predictions: dict[str, str], examples: list[Example]) -> tuple
     return float(result["exact_match"]), float(result["f1"])
 
 
-def best_threshold(
-    span_predictions: dict[str, str], examples: list[Example], no_answer_odds: dict[str, float]
-) -> tuple[float, float]:
+def best_threshold(span_predictions: dict[str, str], examples: list[Example], no_answer_odds: dict[str, float]) -> tuple[float, float]:
     """The threshold on the odds of "no answer" with the best F1, `find_best_thresh` of evaluate-v2.0.py.
 
     Args:

@@ -114,10 +114,16 @@ def _walk(path: str, content: object) -> Iterator[tuple[str, dict]]:
             for q, entry in enumerate(_field(paragraph, "qas", list, place)):
                 at = f"{place}, question {entry.get('id', q) if isinstance(entry, dict) else q}"
                 answers = [] if isinstance(entry, dict) and entry.get("is_impossible") is True else _field(entry, "answers", list, at)
-                yield at, {
-                    "title": str(title), "context": context, "answers": answers,
-                    "id": str(_field(entry, "id", (str, int), at)), "question": _field(entry, "question", str, at),
-                }
+                yield (
+                    at,
+                    {
+                        "title": str(title),
+                        "context": context,
+                        "answers": answers,
+                        "id": str(_field(entry, "id", (str, int), at)),
+                        "question": _field(entry, "question", str, at),
+                    },
+                )
 
 
 def _field(holder: object, name: str, kind: type | tuple, place: str):
@@ -166,7 +172,7 @@ def _problem(row: dict, seen: set[str]) -> str | None:
             return "an answer is empty; leave it out, and set is_impossible if there is none."
         there = row["context"][start : start + len(text)] if start >= 0 else ""
         if there != text:
-            return f"the answer {text[:60]!r} does not stand at character {start}, where the context has {there[:60]!r}; correct answer_start."
+            return f"the answer {text[:60]!r} is not at character {start}, where the context has {there[:60]!r}; correct answer_start."
     return None
 
 

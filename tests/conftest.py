@@ -56,7 +56,7 @@ def tiny_bert(tmp_path_factory) -> Path:
     vocabulary = path / "vocab.txt"
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     vocabulary.write_text("\n".join(word for word, _ in words), encoding="utf-8")
-    BertTokenizerFast(vocab={word: i for word, i in words}, model_max_length=512).save_pretrained(path)
+    BertTokenizerFast(vocab=dict(words), model_max_length=512).save_pretrained(path)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.3
