@@ -93,7 +93,7 @@ def best_spans(start_logits: Tensor, end_logits: Tensor, is_context: Tensor, con
     Returns:
         logits float [B, n], first and last token int [B, n]; logits of pairs that do not exist are -inf.
     """
-    B, S = start_logits.shape
+    S = start_logits.shape[1]
     width = min(config.max_answer_length, S)
     floor = float("-inf")
     start = start_logits.masked_fill(~is_context, floor)  # [B, S]
