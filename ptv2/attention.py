@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ptv2.backbone import quiet_transformers
 from ptv2.errors import InputError
 from ptv2.prefix import AttentionShape
 
@@ -70,7 +71,7 @@ def _eager_of(module: nn.Module):
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
-for _base in ("sdpa", "eager", "flash_attention_2", "flex_attention"):
+for _base in ("sdpa", "eager", "flash_attention_2"):  # flex attention's masks are functions, which cannot be widened
     AttentionInterface.register(f"ptv2_{_base}", _with_prefix(_base))
     AttentionMaskInterface.register(f"ptv2_{_base}", ALL_MASK_ATTENTION_FUNCTIONS[_base])
 
@@ -78,10 +79,11 @@ for _base in ("sdpa", "eager", "flash_attention_2", "flex_attention"):
 def attention_shape(config: PretrainedConfig) -> AttentionShape:
     """Layers, key/value heads and head size of a backbone, from its config."""
     heads = config.num_attention_heads
+    width = getattr(config, "true_hidden_size", None) or config.hidden_size  # MobileBERT's attention is narrower than its E
     return AttentionShape(
         num_layers=config.num_hidden_layers,
         num_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=getattr(config, "head_dim", None) or width // heads,
         hidden_size=config.hidden_size,
     )
 
@@ -90,27 +92,32 @@ def open_to_prefix(backbone: PreTrainedModel) -> None:
     """Make a backbone's attention layers look for a prefix; without one they compute what they did before.
 
     Raises:
-        InputError: this family's attention does not go through transformers' attention interface.
+        InputError: this family's attention does not go through transformers' attention interface, or is causal.
     """
-    base = backbone.config._attn_implementation
-    if not base.startswith("ptv2_"):
-        refusal = (
-            f"The backbone's family ({backbone.config.model_type}, attention {base}) does not use transformers' "
-            "attention interface in every layer, so a prefix cannot reach it; choose another backbone, such as a "
-            "BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT or ModernBERT."
-        )
-        try:
+    base = backbone.config._attn_implementation.removeprefix("ptv2_")
+    refusal = (
+        f"The backbone's family ({backbone.config.model_type}, attention {base}) is not an encoder that uses "
+        "transformers' attention interface in every layer, so a prefix cannot reach it; choose another backbone, such "
+        "as a BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT or ModernBERT."
+    )
+    was_training = backbone.training
+    backbone.eval()
+    probe = torch.zeros((1, 4), dtype=torch.long, device=backbone.device)
+    try:
+        with quiet_transformers():
             backbone.set_attn_implementation(f"ptv2_{base}")
-        except (ValueError, KeyError) as error:
-            raise InputError(refusal) from error
-        was_training = backbone.training
-        backbone.eval()
-        probe = torch.full((1, 4), backbone.config.pad_token_id or 0, device=backbone.device) + 1
-        with torch.no_grad(), prefix_for_forward({}) as forward:
+        with torch.no_grad(), prefix_for_forward({}, record=True) as forward:
             backbone(input_ids=probe, attention_mask=torch.ones_like(probe))
+        shape = attention_shape(backbone.config)
+    except Exception as error:  # each family that is not meant for this fails in its own way
+        raise InputError(refusal) from error
+    finally:
         backbone.train(was_training)
-        if forward.calls != attention_shape(backbone.config).num_layers:
-            raise InputError(refusal)
+    reached = [(key.shape[1], key.shape[3]) for key, _ in forward.recorded]  # H and D of every layer
+    # Causal attention counts from the first key on: with a prefix there, a token would no longer see itself.
+    causal = any(getattr(module, "is_causal", False) for module in backbone.modules())
+    if causal or reached != [(shape.num_heads, shape.head_dim)] * shape.num_layers:
+        raise InputError(refusal)
 
 
 @contextmanager
@@ -163,6 +170,13 @@ def sample_activations(
     # A short text has fewer tokens than the prefix has places: go round again.
     places = [places[i % len(places)] for i in range(prefix_length)]
     return torch.stack(places, dim=3)  # [L, 2, H, P, D]
+
+
+def text_positions(backbone: PreTrainedModel) -> int:
+    """How many positions a backbone has for tokens; RoBERTa and its kin keep the first padding_idx + 1 for themselves."""
+    embeddings = getattr(backbone, "embeddings", None)
+    offset = embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+    return backbone.config.max_position_embeddings - offset
 
 
 def shifted_position_ids(backbone: PreTrainedModel, input_ids: Tensor, prefix_length: int) -> Tensor:

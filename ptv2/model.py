@@ -21,6 +21,7 @@ from ptv2.attention import (
     prefix_for_forward,
     sample_activations,
     shifted_position_ids,
+    text_positions,
 )
 from ptv2.backbone import Backbone, fast_dtype, load_backbone, load_tokenizer, resolve_backbone
 from ptv2.errors import InputError
@@ -220,7 +221,7 @@ class PrefixModelForQuestionAnswering(SpanModel):
         P = encoder.config.prefix_length
         drawn = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:P].tolist()]
         tokenizer = load_tokenizer(self.source)
-        limit = min(384, self.backbone.config.max_position_embeddings)
+        limit = min(384, text_positions(self.backbone))
         batches = [tokenizer(text, truncation=True, max_length=limit, return_tensors="pt") for text in drawn]
         prefix = sample_activations(self.backbone, [dict(batch) for batch in batches], P, generator)
         encoder.set_prefix(prefix[list(encoder.layers)])

@@ -47,10 +47,10 @@ class PrefixConfig:
     shift_positions: bool = False
 
     def __post_init__(self):
-        if self.prefix_length < 1:
-            raise InputError(f"prefix_length is {self.prefix_length}; it must be at least 1.")
-        if self.prefix_hidden_size < 1:
-            raise InputError(f"prefix_hidden_size is {self.prefix_hidden_size}; it must be at least 1.")
+        for name in ("prefix_length", "prefix_hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1, a whole number.")
         if not 0.0 <= self.prefix_dropout < 1.0:
             raise InputError(f"prefix_dropout is {self.prefix_dropout}; it must be at least 0 and below 1.")
         if self.init not in ("normal", "activations"):
