@@ -81,7 +81,10 @@ def read_results(paths: list[Path]) -> list[Result]:
 
 
 def results_table(results: list[Result]) -> str:
-    """A Markdown table of runs: what was trained, what it reached on which questions, and how long it took."""
+    """A Markdown table of runs: what was trained, what it reached on which questions, and how long it took.
+
+    Where p-tuning-v2 and fine-tuning were both evaluated, a sentence sets their means over seeds side by side.
+    """
     head = "| run | method | trained numbers | of the backbone | stored | EM | F1 | minutes | questions |"
     lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|---|"]
     for result in results:
@@ -96,7 +99,21 @@ def results_table(results: list[Result]) -> str:
             f"| {result.name} | {METHODS[result.method].title} | {parameters['trained']:,} | {result.share:.3g} % "
             f"| {_bytes(parameters['stored_bytes'])} | {exact} | {f1} | {result.run['wall_seconds'] / 60:.1f} | {questions} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + _against_fine_tuning(results))
+
+
+def _against_fine_tuning(results: list[Result]) -> list[str]:
+    """One sentence on how near the prefix comes, in a paragraph of its own; none if one of the two is missing."""
+    f1 = {
+        method: [r.evaluation["f1"]["value"] for r in results if r.method == method and r.evaluation]
+        for method in ("p-tuning-v2", "fine-tuning")
+    }
+    prefix, full = f1["p-tuning-v2"], f1["fine-tuning"]
+    if not prefix or not full:
+        return []
+    mean, of = sum(prefix) / len(prefix), sum(full) / len(full)
+    seeds = f" over {len(prefix)} seeds ({min(prefix):.1f} to {max(prefix):.1f})" if len(prefix) > 1 else ""
+    return ["", f"P-tuning v2: mean F1 {mean:.1f}{seeds}, {100 * mean / of:.1f} % of full fine-tuning's {of:.1f}."]
 
 
 def _with_interval(value: dict) -> str:

@@ -1,0 +1,75 @@
+"""The report: which runs it finds, what its table says, and a figure that is the same for the same records."""
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot as plt
+
+from ptv2.errors import InputError
+from ptv2.plots import COLOURS, METHODS, draw_comparison, read_results, results_table
+
+
+def write_run(folder: Path, method: str, trained: int, f1: float | None, status: str = "finished") -> None:
+    folder.mkdir(parents=True)
+    run = {
+        "status": status,
+        "config": {"method": method, "batch_size": 8, "gradient_accumulation": 2},
+        "parameters": {"trained": trained, "backbone": 1_000_000, "stored_bytes": 4 * trained},
+        "wall_seconds": 90.0,
+        "data": {"held_out": {"questions": 321}},
+        "metrics": {"held_out_exact_match": 31.5, "held_out_f1": 42.25},
+        "log_history": [{"step": 10, "eval_f1": 20.0}, {"step": 10, "loss": 3.0}, {"step": 20, "eval_f1": 42.25}],
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    if f1 is not None:
+        interval = {"value": f1, "low": f1 - 2, "high": f1 + 2}
+        evaluation = {"exact_match": {"value": 40.0, "low": 38.0, "high": 42.0}, "f1": interval, "n": 1190, "data": "questions.json"}
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_run(tmp_path / "full", "fine-tuning", 1_000_000, 66.0)
+    write_run(tmp_path / "prefix-1", "p-tuning-v2", 6_500, 60.0)
+    write_run(tmp_path / "prefix-0", "p-tuning-v2", 6_500, 62.0)
+    write_run(tmp_path / "unscored", "head-only", 770, None)
+    write_run(tmp_path / "cut-off", "lora", 5_000, 50.0, status="running")
+    return tmp_path
+
+
+def test_finished_runs_are_found_by_method_and_name(folder):
+    assert [result.name for result in read_results([folder])] == ["prefix-0", "prefix-1", "full", "unscored"]
+
+
+def test_a_folder_without_finished_runs_is_refused(tmp_path):
+    with pytest.raises(InputError, match="No finished run lies under"):
+        read_results([tmp_path])
+
+
+def test_the_table_says_what_the_records_say(folder):
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in results_table(read_results([folder])).splitlines()[2:]}
+    assert "| 6,500 | 0.65 % | 26 kB | 40.0 [38.0, 42.0] | 62.0 [60.0, 64.0] | 1.5 | 1,190 of questions.json |" in rows["prefix-0"]
+    assert "| 1,000,000 | 100 % | 4.0 MB |" in rows["full"]
+    assert "| 31.5 | 42.2 | 1.5 | 321 held out of training |" in rows["unscored"]
+
+
+def test_the_table_sets_the_mean_over_seeds_against_fine_tuning(folder):
+    assert results_table(read_results([folder])).endswith(
+        "P-tuning v2: mean F1 61.0 over 2 seeds (60.0 to 62.0), 92.4 % of full fine-tuning's 66.0."
+    )
+
+
+def test_the_same_records_give_the_same_figure_in_both_formats(folder, tmp_path):
+    results = read_results([folder])
+    for name in ("a.svg", "b.png"):
+        draw_comparison(results, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    for name in ("a.png", "b.png"):
+        assert plt.imread(tmp_path / name).std() > 0.05  # something is drawn
+    text = (tmp_path / "a.svg").read_text()
+    assert "<svg" in text
+
+
+def test_every_method_has_a_colour():
+    assert set(COLOURS) == set(METHODS)
