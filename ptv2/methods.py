@@ -36,8 +36,8 @@ class Method:
         title: for tables and figures.
         build: makes the untrained model.
         count: its trained numbers by formula, head apart: (prefix config, LoRA rank, shape, loaded encoder) -> int.
-        learning_rate: of what the method adds or changes, for batches of 8. P-tuning v2's was chosen on held-out training
-            articles (results/README.md); the others are usual values, not tuned here.
+        learning_rate: of what the method adds or changes. P-tuning v2's was chosen on held-out training articles
+            (results/README.md); the others are usual values, not tuned here.
         head_learning_rate: of the span head.
         source: where the method comes from.
     """
@@ -132,7 +132,7 @@ def _lora_count(build: Build) -> int:
 
 METHODS: dict[str, Method] = {
     "p-tuning-v2": Method(
-        "P-tuning v2", _prefix, lambda b: prefix_parameter_count(b.prefix, _shape(b)), 1e-1, 1e-1, "Liu et al., ACL 2022"
+        "P-tuning v2", _prefix, lambda b: prefix_parameter_count(b.prefix, _shape(b)), 4e-2, 1e-2, "Liu et al., ACL 2022"
     ),
     "fine-tuning": Method(
         "full fine-tuning",
