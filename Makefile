@@ -17,7 +17,7 @@ run: env
 	$(BIN)/ptv2 answer results/checkpoints/p-tuning-v2 \
 	  --question "What did the men get for their work?" \
 	  --context "The harbour was dug by two hundred men from the islands. They were paid in herring and copper." --top-k 2
-	$(BIN)/ptv2 report $(RUN) results
+	$(BIN)/ptv2 report $(RUN) results/runs
 
 env: $(STAMP)
 
@@ -35,9 +35,10 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The README's table and figure, from the records alone.
+# The tables and the figure of the two READMEs, from the records alone.
 report: env
-	$(BIN)/ptv2 report results --figure results/comparison.svg
+	$(BIN)/ptv2 report results/runs --figure results/comparison.svg --into README.md
+	$(BIN)/ptv2 report results/pilots --into results/README.md
 
 clean:
 	rm -rf $(VENV) runs

@@ -24,6 +24,7 @@ COLOURS = {
     "prompt-tuning": "#CC79A7",
     "bitfit": "#E69F00",
 }
+OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 STYLE = {
     "figure.figsize": (7.2, 4.2),
     "figure.dpi": 150,
@@ -114,6 +115,19 @@ def _against_fine_tuning(results: list[Result]) -> list[str]:
     mean, of = sum(prefix) / len(prefix), sum(full) / len(full)
     seeds = f" over {len(prefix)} seeds ({min(prefix):.1f} to {max(prefix):.1f})" if len(prefix) > 1 else ""
     return ["", f"P-tuning v2: mean F1 {mean:.1f}{seeds}, {100 * mean / of:.1f} % of full fine-tuning's {of:.1f}."]
+
+
+def put_into(file: Path, table: str) -> None:
+    """Replace what stands between <!-- results --> and <!-- /results --> of a Markdown file by a table.
+
+    Raises:
+        InputError: the file lacks these two marks.
+    """
+    before, opening, rest = file.read_text(encoding="utf-8").partition(OPENING)
+    _, closing, after = rest.partition(CLOSING)
+    if not closing:
+        raise InputError(f"{file} lacks the marks {OPENING} and {CLOSING}; put them where the table shall stand.")
+    file.write_text(f"{before}{opening}\n\n{table}\n\n{closing}{after}", encoding="utf-8")
 
 
 def _with_interval(value: dict) -> str:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from ptv2.errors import InputError
-from ptv2.plots import COLOURS, METHODS, draw_comparison, read_results, results_table
+from ptv2.plots import COLOURS, METHODS, draw_comparison, put_into, read_results, results_table
 
 
 def write_run(folder: Path, method: str, trained: int, f1: float | None, status: str = "finished") -> None:
@@ -73,3 +73,19 @@ def test_the_same_records_give_the_same_figure_in_both_formats(folder, tmp_path)
 
 def test_every_method_has_a_colour():
     assert set(COLOURS) == set(METHODS)
+
+
+def test_the_table_is_put_between_its_marks_and_nowhere_else(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text("above\n<!-- results -->\nold\n<!-- /results -->\nbelow\n")
+    for table in ("first", "second"):
+        put_into(file, table)
+    assert file.read_text() == "above\n<!-- results -->\n\nsecond\n\n<!-- /results -->\nbelow\n"
+
+
+def test_a_page_without_marks_is_refused_and_left_alone(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text("above <!-- results --> below")
+    with pytest.raises(InputError, match="lacks the marks"):
+        put_into(file, "table")
+    assert file.read_text() == "above <!-- results --> below"
