@@ -7,6 +7,8 @@ and `plausible_answers` (Rajpurkar et al., ACL 2018, https://aclanthology.org/P1
 import gzip
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from ptv2.errors import InputError
 
 CORPUS = Path(__file__).parent / "corpus"
 _HUB_SPLITS = {"train": "train", "dev": "validation"}
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, as JSON's escapes can spell it; no tokenizer takes it
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _read_file(path: Path) -> list[Example]:
         raw = path.read_bytes()
         text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         content = json.loads(text.decode("utf-8-sig"))
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path} could not be read: {error}. Copy or download it again.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
@@ -90,47 +93,49 @@ def _read_dataset(name: str, split: str) -> list[Example]:
     except Exception as error:  # datasets, the hub, pyarrow and fsspec each raise their own kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(f'"{name}" is no file, and as a data set it could not be loaded: {type(error).__name__}: {reason}') from error
-    return _checked(f"{name} ({split})", ((f"row {i}", row) for i, row in enumerate(_rows(rows, name))))
+    source = f"{name} ({split})"
+    return _checked(source, _rows(source, rows))
 
 
-def _rows(rows: datasets.Dataset, name: str) -> Iterator[dict]:
-    missing = {"id", "context", "question", "answers"} - set(rows.column_names)
-    if missing:
-        raise InputError(f'The data set "{name}" lacks the column {sorted(missing)[0]}; SQuAD\'s columns are needed.')
-    for row in rows:
-        answers = row["answers"]
+def _rows(source: str, rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:
+    """Each question of a data set with its place in it."""
+    for i, row in enumerate(rows):
+        at = f"{source}, row {i}, question {row.get('id')}"
+        answers = _field(row, "answers", (dict, list), at)
         if isinstance(answers, dict):  # hub form: lists side by side
-            answers = [{"text": t, "answer_start": s} for t, s in zip(answers["text"], answers["answer_start"], strict=True)]
-        yield {"title": row.get("title", ""), "context": row["context"], "id": row["id"], "question": row["question"], "answers": answers}
+            texts, starts = _field(answers, "text", list, at), _field(answers, "answer_start", list, at)
+            if len(texts) != len(starts):
+                raise InputError(f"{at}: {len(texts)} answer texts stand beside {len(starts)} answer_start; give one for each.")
+            answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+        yield at, _question(row, row.get("title"), _field(row, "context", str, at), answers, at)
 
 
 def _walk(path: str, content: object) -> Iterator[tuple[str, dict]]:
     """Each question of a SQuAD file with its place in it; a wrong type or missing field stops with its place."""
     for a, article in enumerate(_field(content, "data", list, path)):
-        title = article.get("title", "") if isinstance(article, dict) else ""
-        for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{path}, article {a}")):
-            place = f"{path}, article {a} ({title}), paragraph {p}"
+        title = article.get("title") if isinstance(article, dict) else None
+        named = f"{path}, article {a} ({title})" if title else f"{path}, article {a}"
+        for p, paragraph in enumerate(_field(article, "paragraphs", list, named)):
+            place = f"{named}, paragraph {p}"
             context = _field(paragraph, "context", str, place)
             for q, entry in enumerate(_field(paragraph, "qas", list, place)):
                 at = f"{place}, question {entry.get('id', q) if isinstance(entry, dict) else q}"
-                answers = [] if isinstance(entry, dict) and entry.get("is_impossible") is True else _field(entry, "answers", list, at)
-                yield (
-                    at,
-                    {
-                        "title": str(title),
-                        "context": context,
-                        "answers": answers,
-                        "id": str(_field(entry, "id", (str, int), at)),
-                        "question": _field(entry, "question", str, at),
-                    },
-                )
+                impossible = isinstance(entry, dict) and entry.get("is_impossible") is True
+                answers = [] if impossible and "answers" not in entry else _field(entry, "answers", list, at)
+                yield at, _question(entry, title, context, answers, at) | {"is_impossible": impossible}
+
+
+def _question(entry: dict, title: object, context: str, answers: list, at: str) -> dict:
+    title = "" if title is None else str(title)
+    name, question = str(_field(entry, "id", (str, int), at)), _field(entry, "question", str, at)
+    return {"title": title, "context": context, "id": name, "question": question, "answers": answers, "is_impossible": False}
 
 
 def _field(holder: object, name: str, kind: type | tuple, place: str):
     if not isinstance(holder, dict) or name not in holder:
         raise InputError(f'{place}: the field "{name}" is missing; add it (SQuAD form).')
     if not isinstance(holder[name], kind):
-        raise InputError(f'{place}: the field "{name}" is a {type(holder[name]).__name__}, which SQuAD\'s form does not allow there.')
+        raise InputError(f'{place}: the field "{name}" is of type {type(holder[name]).__name__}, which SQuAD\'s form does not allow there.')
     return holder[name]
 
 
@@ -140,7 +145,7 @@ def _checked(source: str, rows: Iterable[tuple[str, dict]]) -> list[Example]:
     for place, row in rows:
         problem = _problem(row, seen)
         if problem:
-            problems.append(f"{place}: {problem}" if place.startswith(source) else f"{source}, {place}, question {row['id']}: {problem}")
+            problems.append(f"{place}: {problem}")
             continue
         seen.add(row["id"])
         spans = tuple(Span(answer["text"], answer["answer_start"]) for answer in row["answers"])
@@ -161,6 +166,10 @@ def _problem(row: dict, seen: set[str]) -> str | None:
         return "the context is empty; give it a text."
     if not row["question"].strip():
         return "the question is empty; give it a text."
+    if row["is_impossible"] and row["answers"]:
+        return "is_impossible is true, yet there are answers; correct one of the two."
+    if _SURROGATE.search(row["context"] + row["question"]):
+        return "the text holds half of a surrogate pair, which is no character; take it out."
     for answer in row["answers"]:
         if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
             return 'an answer lacks the field "text"; add it.'
@@ -194,6 +203,9 @@ def hold_out(examples: list[Example], share: float, seed: int = 0) -> tuple[list
 
     Returns:
         (kept, held out), each in the original order; about `share` of the questions are held out.
+
+    Raises:
+        InputError: the share is out of its range, or nothing would be kept.
     """
     if not 0.0 < share < 1.0:
         raise InputError(f"The held-out share is {share}; it must be above 0 and below 1.")
@@ -215,4 +227,6 @@ def hold_out(examples: list[Example], share: float, seed: int = 0) -> tuple[list
             break
         out.add(names[index])
         count += sizes[names[index]]
+    if len(out) == len(names):
+        raise InputError(f"All {len(examples)} questions would be held out, none kept; give more texts or a smaller share.")
     return [e for e in examples if group(e) not in out], [e for e in examples if group(e) in out]
