@@ -55,7 +55,7 @@ class Answer:
     Args:
         text: `context[start:end]` to the character; "" for "no answer".
         start, end: character offsets into the context; both 0 for "no answer".
-        score: probability among this question's kept answers (and "no answer", where that is allowed).
+        score: probability among this question's kept answers (and "no answer", less its threshold, where that is allowed).
         logit: start plus end logit, comparable between windows and questions of one model.
     """
 
@@ -170,17 +170,17 @@ def _choose(context: str, spans: list[tuple[float, int, int]], null: float, conf
     for logit, start, end in sorted(spans, reverse=True):  # windows overlap: keep a span's best logit
         best.setdefault((start, end), logit)
     kept = list(best.items())[: config.n_best]
-    top = kept[0][1] if kept else -math.inf
-    odds = null - top
+    top = kept[0][1] if kept else float(np.finfo(np.float32).min)  # finite, as JSON wants it
     choices = [(context[start:end], start, end, logit) for (start, end), logit in kept]
+    strengths = [logit for _, logit in kept]
     if config.allow_no_answer or not choices:  # a text without a single token has no span to give
-        at = 0 if odds > config.no_answer_threshold or not choices else len(choices)
+        at = sum(null - strength <= config.no_answer_threshold for strength in strengths)
         choices.insert(at, ("", 0, 0, null))
-    logits = np.array([choice[3] for choice in choices])
-    weights = np.exp(logits - logits.max())
+        strengths.insert(at, null - config.no_answer_threshold)
+    weights = np.exp(np.array(strengths) - strengths[0])
     scores = weights / weights.sum()
     answers = [Answer(*choice[:3], float(p), float(choice[3])) for choice, p in zip(choices, scores, strict=True)]
-    return Prediction(tuple(answers), float(odds))
+    return Prediction(tuple(answers), float(null - top))
 
 
 class QuestionAnswerer:
@@ -242,6 +242,10 @@ def _check_text(field: str, text: str, limit: int) -> None:
         raise InputError(f"The {field} is empty; give it a text.")
     if len(text) > limit:
         raise InputError(f"The {field} has {len(text):,} characters; the limit is {limit:,}: shorten it or ask about parts of it.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"The {field} is not Unicode text at character {error.start}; give it as UTF-8.") from error
 
 
 @contextmanager

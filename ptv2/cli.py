@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ptv2: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ptv2: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if options.run_command is _train else ""
+        print(f"ptv2: stopped{goes_on}.", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"ptv2: {error}.", file=sys.stderr)
@@ -79,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command("report", _report, "Tabulate records as Markdown on stdout, and draw them.")
     added.add_argument("records", type=Path, nargs="+", help="runs, or directories of records")
-    added.add_argument("--figure", type=Path, help="draw F1 against trained parameters here (.svg or .png)")
+    added.add_argument("--figure", type=Path, help="draw F1 against trained numbers, and the training curves, here (SVG and PNG)")
+    added.add_argument("--into", type=Path, help="put the table between <!-- results --> and <!-- /results --> of this Markdown file")
     return parser
 
 
@@ -178,7 +180,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         spans = {e.id: p.best_span.text for e, p in zip(examples, predictions, strict=True)}
         odds = {e.id: p.no_answer_odds for e, p in zip(examples, predictions, strict=True)}
         result["best_f1"], result["best_f1_threshold"] = best_threshold(spans, examples, odds)
-    described = {"run": options.run.name, "method": answerer.model.method}
+    described = {"run": options.run.resolve().name, "method": answerer.model.method}
     data = {"data": Path(options.data).name, "data_sha256": examples_sha256(examples)}
     provenance = {
         "command": shlex.join(["ptv2", "evaluate", str(options.run), "--data", options.data]), "date": records.now(),
@@ -199,9 +201,17 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _answer(options: argparse.Namespace) -> None:
-    context = sys.stdin.read() if options.context == "-" else options.context
+    context = _read_stdin() if options.context == "-" else options.context
     answers = QuestionAnswerer.from_pretrained(options.run)(options.question, context, options.top_k)
     _print_json([dataclasses.asdict(answer) for answer in answers])
+
+
+def _read_stdin() -> str:
+    """All of stdin as it is: reading it as text would turn CRLF into LF and so move the answers' offsets."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"The text on stdin is not UTF-8 ({error.reason} at byte {error.start}); convert it first.") from error
 
 
 def _params(options: argparse.Namespace) -> None:
@@ -212,10 +222,13 @@ def _params(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from ptv2.plots import draw_comparison, read_results, results_table
+    from ptv2.plots import draw_comparison, put_into, read_results, results_table  # matplotlib is slow to import
 
     results = read_results(options.records)
-    print(results_table(results))
+    table = results_table(results)
+    print(table)
+    if options.into:
+        put_into(options.into, table)
     if options.figure:
         draw_comparison(results, options.figure)
 

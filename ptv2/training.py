@@ -1,5 +1,6 @@
 """Training on transformers.Trainer: from a config to a run directory that says all that is needed to repeat it."""
 
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ptv2 import records
@@ -66,7 +67,7 @@ class TrainingConfig:
     held_out: float = 0.05
     epochs: float = 3.0
     max_steps: int = 0
-    batch_size: int = 16
+    batch_size: int = 8
     gradient_accumulation: int = 1
     learning_rate: float = 0.0
     head_learning_rate: float = 0.0
@@ -81,7 +82,8 @@ class TrainingConfig:
     windows: WindowConfig = field(default_factory=WindowConfig)
 
     def __post_init__(self):
-        object.__setattr__(self, "train_data", tuple(self.train_data))
+        sources = (self.train_data,) if isinstance(self.train_data, str) else tuple(self.train_data)
+        object.__setattr__(self, "train_data", sources)
         if self.method not in METHODS:
             raise InputError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
         if not self.train_data:
@@ -92,6 +94,8 @@ class TrainingConfig:
         for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.seed >= 2**32:  # NumPy's limit
+            raise InputError(f"seed is {self.seed}; it must be below 2**32.")
         if not 0 < self.epochs < float("inf"):
             raise InputError(f"epochs is {self.epochs}; it must be above 0.")
         if not 0 <= self.warmup < 1:
@@ -154,9 +158,12 @@ class QATrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process writes its own generator's state
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / _COMPLETE).touch()
+            # Only now is an older one not needed any more; the newest and the best stay.
+            rotate_checkpoints(self.args.output_dir, save_total_limit=2, best_model_checkpoint=self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         self.model.load_trained_state(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
@@ -166,7 +173,7 @@ class QATrainer(Trainer):
 
 
 class _RunCallback(TrainerCallback):
-    """Evaluates after the last step too, and notes the seconds spent at every checkpoint, so that a killed run keeps them."""
+    """Evaluates after the last step too, and sees to it that a run that was killed, or moved since, goes on as if it had not been."""
 
     def __init__(self, run: Path, record: dict):
         self.run, self.record = run, record
@@ -175,9 +182,19 @@ class _RunCallback(TrainerCallback):
     def seconds(self) -> float:
         return round(self.before + time.monotonic() - self.started, 1)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        # With several processes, the loader that skips the steps already done does not pass the epoch on to the sampler.
+        train_dataloader.set_epoch(int(state.epoch or 0))
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
+        if control.should_save:  # the losses since the last log line are not in a checkpoint
+            control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -229,9 +246,10 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
     tokenizer = load_tokenizer(backbone)
     with arguments.main_process_first(desc="tokenise"):  # the others find the cache
         features = make_features(train_examples, tokenizer, config.windows)
+        make_features(dev, tokenizer, config.windows)
     whole_batch = config.batch_size * config.gradient_accumulation * arguments.world_size
-    steps = config.max_steps or max(1, int(-(-len(features) // whole_batch) * config.epochs))
-    arguments.eval_steps = arguments.save_steps = max(1, -(-steps // config.evaluations))
+    steps = config.max_steps or math.ceil(math.ceil(len(features) / whole_batch) * config.epochs)
+    arguments.eval_steps = arguments.save_steps = math.ceil(steps / config.evaluations)
     answers = AnswerConfig(allow_no_answer=any(example.is_impossible for example in train_examples))
     answerer = QuestionAnswerer(model, config.windows, answers)
     if not resumed:
@@ -252,6 +270,7 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
         data_collator=partial(collate, tokenizer=tokenizer), callbacks=[callback],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_last_checkpoint(run / CHECKPOINTS))
+    trainer.accelerator.wait_for_everyone()  # all have loaded the best checkpoint before it is deleted
     if main_process:
         model.save_pretrained(run, windows=asdict(config.windows), answers=asdict(answers))
         best = max((entry for entry in trainer.state.log_history if "eval_f1" in entry), key=lambda entry: entry["eval_f1"])
@@ -322,7 +341,6 @@ def _arguments(config: TrainingConfig, run: Path) -> TrainingArguments:
         eval_strategy="steps",
         save_strategy="steps",
         logging_steps=10,
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="f1",
         remove_unused_columns=False,
