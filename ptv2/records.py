@@ -84,8 +84,13 @@ def write_json(path: Path, content: object) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair becomes JSON's own \udXXX
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict:
