@@ -96,7 +96,7 @@ def load_backbone(backbone: Backbone, attn_implementation: str | None = None) ->
         attn_implementation: "sdpa", "eager", ...; None takes the fastest one the family has.
 
     Raises:
-        InputError: the directory is not a transformers encoder, or its weights are broken.
+        InputError: the directory is not a transformers encoder, or its weights are broken or incomplete.
     """
     try:
         config = AutoConfig.from_pretrained(backbone.path)
@@ -106,20 +106,28 @@ def load_backbone(backbone: Backbone, attn_implementation: str | None = None) ->
         # The QA class builds the encoder without the pooler, which no span method uses; its own head is dropped.
         wanted = AutoModelForQuestionAnswering if type(config) in AutoModelForQuestionAnswering._model_mapping else AutoModel
         with quiet_transformers():
-            model = wanted.from_pretrained(
-                backbone.path, config=config, attn_implementation=attn_implementation, use_safetensors=True, dtype=torch.float32
-            )
+            model, info = wanted.from_pretrained(
+                backbone.path, config=config, attn_implementation=attn_implementation, use_safetensors=True, dtype=torch.float32,
+                output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # transformers, safetensors and json each raise their own kinds here
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"The backbone in {backbone.path} could not be loaded: {type(error).__name__}: {reason}") from error
-    return model.base_model.eval()
+    encoder = model.base_model
+    names = (name.removeprefix(f"{model.base_model_prefix}.") for name in info["missing_keys"])
+    missing = sorted(name for name in names if name in encoder.state_dict() and "pooler" not in name)
+    if missing:  # transformers would draw them at random
+        raise InputError(
+            f"The weights in {backbone.path} lack {len(missing)} of the tensors, such as {missing[0]}: get the backbone again."
+        )
+    return encoder.eval()
 
 
 def load_tokenizer(backbone: Backbone) -> PreTrainedTokenizerFast:
     """The backbone's fast tokenizer.
 
     Raises:
-        InputError: there is none; character offsets need a fast tokenizer.
+        InputError: there is none, or a slow or an empty one; character offsets need a fast tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone.path)
@@ -128,6 +136,8 @@ def load_tokenizer(backbone: Backbone) -> PreTrainedTokenizerFast:
         raise InputError(f"The tokenizer in {backbone.path} could not be loaded: {type(error).__name__}: {reason}") from error
     if not tokenizer.is_fast:
         raise InputError(f"The backbone {backbone.name} has no fast tokenizer; character offsets need one.")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where the files are missing
+        raise InputError(f"The tokenizer in {backbone.path} knows no words: put its tokenizer.json there.")
     return tokenizer
 
 

@@ -2,7 +2,8 @@
 
 adapter_model.safetensors holds `prompt_embeddings`, float [P, 2·L·E], and the head under `base_model.qa_outputs`;
 adapter_config.json says the rest. `PeftModel.from_pretrained(AutoModelForQuestionAnswering..., path)` reads it. PEFT
-numbers the text from P on, so it computes the same logits only for a prefix trained with `shift_positions=True`.
+numbers the text from P on, so it computes the same logits only for a prefix trained with `shift_positions=True`; and
+its question-answering forward drops token_type_ids, so a BERT that tells question from text by them differs there.
 """
 
 from pathlib import Path
