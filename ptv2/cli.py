@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint" if options.run_command is _train else ""
-        print(f"ptv2: stopped{goes_on}.", file=sys.stderr)
+        print(f"\nptv2: stopped{goes_on}.", file=sys.stderr)  # a progress bar may have the line before
         return 1
     except OSError as error:
         print(f"ptv2: {error}.", file=sys.stderr)
