@@ -67,8 +67,7 @@ def make_features(
     if config.max_length > tokenizer.model_max_length:
         raise InputError(f"max_length is {config.max_length}; this backbone reads at most {tokenizer.model_max_length} tokens.")
     rows = datasets.Dataset.from_dict({"index": range(len(examples))})
-    key = json.dumps([_FORM, asdict(config), examples_sha256(examples), tokenizer.backend_tokenizer.to_str(), tokenizer.padding_side])
-    fingerprint = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    fingerprint = _fingerprint(examples, tokenizer, config)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "ptv2"
     if cache:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +83,16 @@ def make_features(
         keep_in_memory=not cache,
         desc="tokenise",
     )
+
+
+def _fingerprint(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: WindowConfig) -> str:
+    """A hash of all that the windows depend on."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # what the last call set is no part of the tokenizer; the next call sets its own
+    backend.no_padding()
+    described = [backend.to_str(), tokenizer.cls_token_id, tokenizer.truncation_side, list(_columns(tokenizer))]
+    key = json.dumps([_FORM, asdict(config), examples_sha256(examples), described])
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _columns(tokenizer: PreTrainedTokenizerFast) -> datasets.Features:
@@ -127,10 +136,12 @@ def _windows(examples: list[Example], indices: list[int], tokenizer: PreTrainedT
 
 
 def _shorten(question: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> str:
-    """The question's first `max_tokens` tokens, as text."""
+    """The question's first `max_tokens` tokens, as text; fewer where the last of them is only part of a character."""
     encoded = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
-    return question if len(offsets) <= max_tokens else question[: offsets[max_tokens - 1][1]]
+    if len(offsets) <= max_tokens:
+        return question
+    return question[: min(offsets[max_tokens - 1][1], offsets[max_tokens][0])]  # the bytes of one character share its range
 
 
 def training_span(example: Example) -> Span | None:
@@ -194,7 +205,9 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        # As many batches are sorted at a time as transformers takes, but at least 25: fewer would pad small data sets much.
+        at_a_time = max(25, min(len(self.lengths) // (self.batch_size * 4), 50))
+        order = get_length_grouped_indices(self.lengths, self.batch_size, at_a_time, generator)
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         full = len(order) // self.batch_size  # a last, smaller batch stays last, so that no other is cut in two
         shuffled = [batches[i] for i in torch.randperm(full, generator=generator).tolist()] + batches[full:]
