@@ -128,11 +128,11 @@ def best_threshold(span_predictions: dict[str, str], examples: list[Example], no
         (F1 in percent, threshold): "no answer" is given where the odds exceed the threshold.
     """
     _, f1 = score_each(span_predictions, examples)
-    impossible = np.array([example.is_impossible for example in examples])
+    _, declined = score_each(dict.fromkeys(span_predictions, ""), examples)
     odds = np.array([no_answer_odds[example.id] for example in examples])
     order = np.argsort(odds, kind="stable")
     # With a threshold below all odds every question is declined; each step up answers one more.
-    totals = impossible.sum() + np.concatenate(([0.0], np.cumsum(np.where(impossible, -1.0, f1)[order])))
+    totals = declined.sum() + np.concatenate(([0.0], np.cumsum((f1 - declined)[order])))
     equal_to_next = np.append(odds[order][:-1] == odds[order][1:], False)  # equal odds are answered together
     totals[1:][equal_to_next] = -np.inf
     answered = int(totals.argmax())
@@ -173,7 +173,7 @@ def compare(a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0
     means = _resampled_means(difference, resamples, seed)
     low, high = np.percentile(means, [2.5, 97.5])
     # The resampled means are centred on the observed difference; under "no difference" they would be centred on 0.
-    extreme = np.abs(means - difference.mean()) >= abs(difference.mean())
+    extreme = np.abs(means - difference.mean()) >= abs(difference.mean()) - 1e-12  # equal but for rounding
     interval = Interval(100 * float(difference.mean()), 100 * float(low), 100 * float(high))
     return Comparison(interval, float((extreme.sum() + 1) / (resamples + 1)), len(a))
 
