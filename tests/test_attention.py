@@ -191,6 +191,23 @@ def test_every_layer_is_reached_once_and_shows_its_prefix_to_every_token(family)
         assert torch.equal(norms > 0, torch.tensor([[layer in layers] * 2 for layer in range(3)]))
 
 
+@torch.no_grad()
+def test_layers_with_masks_of_their_own_keep_them():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    encoder = make_encoder("modernbert", local_attention=8, layer_types=kinds).eval()
+    open_to_prefix(encoder)
+    batch = make_batch(encoder.config, (20, 13), segments=False)
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][0, 19] = 4  # beyond the window of token 0
+    prefix = {layer: pair.unbind() for layer, pair in enumerate(torch.randn(3, 2, 4, P, 8))}
+    states = []
+    for inputs in (batch, other):
+        with prefix_for_forward(prefix):
+            states.append(encoder(**inputs, output_hidden_states=True).hidden_states)
+    same = [torch.equal(one[0, 0], two[0, 0]) for one, two in zip(*states, strict=True)]
+    assert same == [True, True, False, False]  # embeddings, then the three layers
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_that_no_prefix_can_reach_is_refused_each_time(family):
     encoder = make_encoder(family, **REFUSED[family])
