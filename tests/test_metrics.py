@@ -217,11 +217,11 @@ def test_the_p_value_agrees_with_the_normal_approximation(better, worse):
 
 
 def test_the_p_value_of_few_questions_agrees_with_all_resamples():
-    """Three questions have 27 equally likely resamples; rounding must not drop those that are exactly as far off."""
-    difference = np.array([0.1, 0.3, 0.8])
-    means = difference[np.indices((3, 3, 3)).reshape(3, -1)].mean(0)
-    expected = np.mean(np.abs(means - difference.mean()) >= difference.mean() - 1e-9)
-    assert compare(difference, np.zeros(3)).p_value == pytest.approx(expected, abs=0.01)
+    """Four questions have 256 equally likely resamples; rounding must not drop those that are exactly as far off."""
+    tenths = np.array([-9, -5, 7, 9])
+    sums = tenths[np.indices((4, 4, 4, 4)).reshape(4, -1)].sum(0)
+    expected = np.mean(np.abs(sums - tenths.sum()) >= tenths.sum())
+    assert compare(tenths / 10, np.zeros(4)).p_value == pytest.approx(expected, abs=0.02)
 
 
 def test_identical_systems_do_not_differ():
