@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import ptv2
 from ptv2 import records
-from ptv2.answers import QuestionAnswerer
+from ptv2.answers import AnswerConfig, QuestionAnswerer
 from ptv2.errors import InputError
 from ptv2.features import WindowConfig
 from ptv2.methods import count_parameters
@@ -67,13 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     added = command("predict", _predict, "Write answers in the official form, {question id: text}.")
     _add_run_and_data(added)
     added.add_argument("--output", required=True, type=Path, help="file to write")
-    added.add_argument("--n-best", type=Path, help="also write every question's n best answers to this file")
+    added.add_argument("--n-best-output", type=Path, help="also write every question's n best answers to this file")
 
     added = command("answer", _answer, "Answer one question: a JSON list, best first, on stdout.")
     added.add_argument("run", type=Path, help="a run's or checkpoint's directory")
     added.add_argument("--question", required=True)
     added.add_argument("--context", required=True, help='the text, or "-" to read it from stdin')
     added.add_argument("--top-k", type=int, default=1, help="how many answers (default 1)")
+    _add_options(added, AnswerConfig, stored=True)
 
     added = command("params", _params, "Count a run's parameters: one JSON object on stdout.")
     added.add_argument("run", type=Path, help="a run's or checkpoint's directory")
@@ -89,30 +90,41 @@ def _add_run_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run's or checkpoint's directory")
     parser.add_argument("--data", default="embedded", help="SQuAD file, hub data set or embedded (default; its dev part)")
     parser.add_argument("--batch-size", type=int, default=32, help="windows per forward pass (default 32)")
+    _add_options(parser, AnswerConfig, stored=True)
 
 
 _CONFIGS = (TrainingConfig, PrefixConfig, WindowConfig)
 _NESTED = {"prefix": PrefixConfig, "windows": WindowConfig}
 
 
-def _options(config: type) -> list[tuple[dataclasses.Field, str]]:
-    """A config's plain fields and their names on the command line."""
-    return [(f, "--" + f.name.replace("_", "-")) for f in dataclasses.fields(config) if f.name not in _NESTED]
+def _option(name: str) -> str:
+    """A field's name on the command line."""
+    return "--" + name.replace("_", "-")
 
 
-def _add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """One option per field, typed by its annotation, explained by the class's own docstring."""
+def _fields(config: type) -> list[dataclasses.Field]:
+    """A config's plain fields; those that hold another config are that one's options."""
+    return [field for field in dataclasses.fields(config) if field.name not in _NESTED]
+
+
+def _add_options(parser: argparse.ArgumentParser, config: type, stored: bool = False) -> None:
+    """One option per field, typed by its annotation, explained by the class's own docstring.
+
+    Args:
+        stored: without the option, what the checkpoint was saved with holds, rather than the class's default.
+    """
     hints, help_of = typing.get_type_hints(config), _argument_help(config)
     group = parser.add_argument_group(config.__name__)
-    for field, option in _options(config):
+    for field in _fields(config):
         kind, many = _kind(hints[field.name])
-        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = None if stored else field.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "as trained" if stored else default
         text = f"{help_of[field.name]} (default: {'none' if shown is None else shown})".replace("%", "%%")
         if kind is bool:
-            group.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            group.add_argument(_option(field.name), action=argparse.BooleanOptionalAction, default=default, help=text)
         else:
             group.add_argument(
-                option, type=kind, default=field.default, help=text, nargs="+" if many else None,
+                _option(field.name), type=kind, default=default, help=text, nargs="+" if many else None,
                 metavar={int: "N", float: "X", str: "NAME"}[kind],
             )  # fmt: skip
 
@@ -136,7 +148,7 @@ def _argument_help(config: type) -> dict[str, str]:
 
 def config_from(options: argparse.Namespace) -> TrainingConfig:
     """The training config that a command line asks for."""
-    values = {config: {f.name: getattr(options, f.name) for f, _ in _options(config)} for config in _CONFIGS}
+    values = {config: {field.name: getattr(options, field.name) for field in _fields(config)} for config in _CONFIGS}
     nested = {name: config(**values[config]) for name, config in _NESTED.items()}
     return TrainingConfig(**values[TrainingConfig], **nested)
 
@@ -145,15 +157,25 @@ def command_line(config: TrainingConfig, run: Path) -> str:
     """The command that repeats a training run: every option that differs from its default, and what decides the data."""
     words = ["ptv2", "train"]
     for holder in (config, config.prefix, config.windows):
-        for field, option in _options(type(holder)):
+        for field in _fields(type(holder)):
             value = getattr(holder, field.name)
             if value == field.default and field.name not in ("method", "train_data", "seed"):
                 continue
-            if isinstance(value, bool):
-                words.append(option if value else option.replace("--", "--no-", 1))
-            else:
-                words += [option, *map(str, value if isinstance(value, tuple) else (value,))]
+            words += _words(field.name, value)
     return shlex.join([*words, "--output-dir", str(run)])
+
+
+def _words(name: str, value: object) -> list[str]:
+    """A field and its value as they are typed."""
+    if isinstance(value, bool):
+        return [_option(name if value else f"no_{name}")]
+    return [_option(name), *map(str, value if isinstance(value, tuple) else (value,))]
+
+
+def _given(options: argparse.Namespace) -> dict[str, object]:
+    """The answer settings that the command line gives in place of the stored ones."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(AnswerConfig)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -164,10 +186,16 @@ def _train(options: argparse.Namespace) -> None:
         _print_json({"run": str(options.output_dir), "wall_seconds": record["wall_seconds"], **record["metrics"]})
 
 
+def _answerer(options: argparse.Namespace) -> QuestionAnswerer:
+    answerer = QuestionAnswerer.from_pretrained(options.run)
+    answerer.answers = dataclasses.replace(answerer.answers, **_given(options))
+    return answerer
+
+
 def _questions(options: argparse.Namespace) -> tuple[QuestionAnswerer, list[Example], list]:
     if options.batch_size < 1:
         raise InputError(f"batch_size is {options.batch_size}; it must be at least 1.")
-    answerer = QuestionAnswerer.from_pretrained(options.run)
+    answerer = _answerer(options)
     examples = load_examples(options.data, "dev")
     return answerer, examples, answerer.predict_examples(examples, options.batch_size, show_progress)
 
@@ -180,11 +208,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         spans = {e.id: p.best_span.text for e, p in zip(examples, predictions, strict=True)}
         odds = {e.id: p.no_answer_odds for e, p in zip(examples, predictions, strict=True)}
         result["best_f1"], result["best_f1_threshold"] = best_threshold(spans, examples, odds)
-    described = {"run": options.run.resolve().name, "method": answerer.model.method}
+    words = ["ptv2", "evaluate", str(options.run), "--data", options.data]
+    for name, value in _given(options).items():
+        words += _words(name, value)
+    described = {"run": options.run.resolve().name, "method": answerer.model.method, "answers": dataclasses.asdict(answerer.answers)}
     data = {"data": Path(options.data).name, "data_sha256": examples_sha256(examples)}
     provenance = {
-        "command": shlex.join(["ptv2", "evaluate", str(options.run), "--data", options.data]), "date": records.now(),
-        "versions": records.versions(), "git_commit": records.git_commit(), "machine": records.machine(),
+        "command": shlex.join(words), "date": records.now(), "versions": records.versions(), "git_commit": records.git_commit(),
+        "machine": records.machine(),
     }  # fmt: skip
     record = {**described, **data, **result, **provenance}
     if options.output:
@@ -195,14 +226,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     _, examples, predictions = _questions(options)
     records.write_json(options.output, {e.id: p.best.text for e, p in zip(examples, predictions, strict=True)})
-    if options.n_best:
+    if options.n_best_output:
         lists = {e.id: [dataclasses.asdict(answer) for answer in p.answers] for e, p in zip(examples, predictions, strict=True)}
-        records.write_json(options.n_best, lists)
+        records.write_json(options.n_best_output, lists)
 
 
 def _answer(options: argparse.Namespace) -> None:
     context = _read_stdin() if options.context == "-" else options.context
-    answers = QuestionAnswerer.from_pretrained(options.run)(options.question, context, options.top_k)
+    answers = _answerer(options)(options.question, context, options.top_k)
     _print_json([dataclasses.asdict(answer) for answer in answers])
 
 

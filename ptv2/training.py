@@ -103,6 +103,8 @@ class TrainingConfig:
         if self.eval_data is None and not 0 < self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; it must be above 0 and below 1, or give eval_data.")
         fast_dtype(self.precision)  # names the allowed values
+        for name in ("learning_rate", "head_learning_rate"):  # a record shall hold the rate itself
+            object.__setattr__(self, name, getattr(self, name) or getattr(METHODS[self.method], name))
 
     def to_dict(self) -> dict:
         return {**asdict(self), "train_data": list(self.train_data), "prefix": self.prefix.to_dict()}
@@ -122,24 +124,16 @@ class QATrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            method, config = METHODS[self.config.method], self.config
-            decayed = set(self.get_decay_parameter_names(self.model))
-            groups = []
-            for is_head, rate in (
-                (False, config.learning_rate or method.learning_rate),
-                (True, config.head_learning_rate or method.head_learning_rate),
-            ):
-                for decays in (True, False):
-                    names = [
-                        name
-                        for name in self.model.trained_names
-                        if name.startswith("qa_outputs.") == is_head and (name in decayed) == decays
-                    ]
-                    if names:
-                        parameters = [self.model.get_parameter(name) for name in names]
-                        groups.append({"params": parameters, "lr": rate, "weight_decay": config.weight_decay * decays})
+            config, decayed = self.config, set(self.get_decay_parameter_names(self.model))
+            groups: dict[tuple[float, float], list] = {}
+            is_head = {name: name.startswith("qa_outputs.") for name in self.model.trained_names}
+            for name in sorted(is_head, key=is_head.get):  # Trainer logs the rate of the first group: not the head's
+                rate = config.head_learning_rate if is_head[name] else config.learning_rate
+                key = rate, config.weight_decay * (name in decayed)
+                groups.setdefault(key, []).append(self.model.get_parameter(name))
             optimiser, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimiser(groups, **options)
+            grouped = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+            self.optimizer = optimiser(grouped, **options)
         return self.optimizer
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -173,7 +167,7 @@ class QATrainer(Trainer):
 
 
 class _RunCallback(TrainerCallback):
-    """Evaluates after the last step too, and sees to it that a run that was killed, or moved since, goes on as if it had not been."""
+    """Sees to it that a run that was killed, and perhaps moved since, goes on as if it had not been."""
 
     def __init__(self, run: Path, record: dict):
         self.run, self.record = run, record
@@ -191,8 +185,6 @@ class _RunCallback(TrainerCallback):
         train_dataloader.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
         if control.should_save:  # the losses since the last log line are not in a checkpoint
             control.should_log = True
 

@@ -82,12 +82,13 @@ def spans_by_hand(answerer: QuestionAnswerer, question: str, context: str) -> tu
 
 
 def test_answers_over_many_windows_are_the_best_of_all_without_duplicates(make_answerer):
-    answerer = make_answerer(n_best=50)
-    prediction = answerer.ask(["What is told here?"], [LONG_TEXT])[0]
-    spans, null = spans_by_hand(answerer, "What is told here?", LONG_TEXT)
-    expected = sorted(spans.items(), key=lambda item: -item[1])[:50]
+    # So many answers of so few windows that spans in an overlap are found twice.
+    answerer = make_answerer(WindowConfig(max_length=64, stride=30, max_question_length=16), n_best=400)
+    prediction = answerer.ask(["What is told here?"], [LONG_TEXT[:1000]])[0]
+    spans, null = spans_by_hand(answerer, "What is told here?", LONG_TEXT[:1000])
+    expected = sorted(spans.items(), key=lambda item: -item[1])[:400]
     places = [(answer.start, answer.end) for answer in prediction.answers]
-    assert len(set(places)) == 50 and set(places) == {place for place, _ in expected}
+    assert len(set(places)) == 400 and set(places) == {place for place, _ in expected}
     assert [answer.logit for answer in prediction.answers] == pytest.approx([logit for _, logit in expected], abs=1e-4)
     assert prediction.no_answer_odds == pytest.approx(null - expected[0][1], abs=1e-4)
 

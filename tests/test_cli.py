@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from ptv2 import cli
 from ptv2.answers import QuestionAnswerer
 from ptv2.features import WindowConfig
 from ptv2.metrics import score
+from ptv2.model import DESCRIPTION_FILE
 from ptv2.prefix import PrefixConfig
 from ptv2.squad import load_examples
 from ptv2.training import TrainingConfig
@@ -44,9 +46,13 @@ def run(tiny_bert, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_v2(tiny_bert, tmp_path_factory) -> Path:
-    """A run trained on SQuAD 2.0 questions, which may decline to answer."""
+    """A run trained on SQuAD 2.0 questions, with a threshold at which it declines to answer some of them."""
     path = tmp_path_factory.mktemp("cli") / "run"
     assert cli.main(train_words(tiny_bert, V2, path)) == 0
+    odds = [p.no_answer_odds for p in QuestionAnswerer.from_pretrained(path).predict_examples(load_examples(V2))]
+    described = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    described["answers"]["no_answer_threshold"] = statistics.median_low(odds)
+    (path / DESCRIPTION_FILE).write_text(json.dumps(described), encoding="utf-8")
     return path
 
 
@@ -120,7 +126,7 @@ def test_evaluate_and_predict_agree_with_the_metrics(data, run, run_v2, tmp_path
     assert status == 0 and "answer" in err
     assert (tmp_path / "scores" / "evaluation.json").read_text(encoding="utf-8") == out
     told, examples = json.loads(out), load_examples(data)
-    status, out, _ = call("predict", trained, "--data", data, "--output", tmp_path / "p.json", "--n-best", tmp_path / "n.json")
+    status, out, _ = call("predict", trained, "--data", data, "--output", tmp_path / "p.json", "--n-best-output", tmp_path / "n.json")
     assert (status, out) == (0, "")
     predictions = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     assert list(predictions) == [example.id for example in examples]
@@ -132,6 +138,7 @@ def test_evaluate_and_predict_agree_with_the_metrics(data, run, run_v2, tmp_path
     for name in ("has_answer_exact_match", "has_answer_f1", "no_answer_exact_match", "best_f1", "best_f1_threshold"):
         assert (name in told) == (data is V2)
     if data is V2:
+        assert 0 < sum(text == "" for text in predictions.values()) < len(examples)
         assert told["best_f1"] >= told["f1"]["value"] - 1e-6
 
 

@@ -23,6 +23,7 @@ from transformers import TrainerState
 from ptv2 import cli, records, training
 from ptv2.errors import InputError
 from ptv2.features import LengthGroupedSampler, WindowConfig
+from ptv2.methods import METHODS
 from ptv2.model import DESCRIPTION_FILE
 from ptv2.prefix import PrefixConfig
 from ptv2.squad import load_examples
@@ -53,7 +54,7 @@ def make_config(tiny_bert, questions):
         usual = {
             "backbone": str(tiny_bert), "train_data": (str(questions),), "eval_data": str(DATA / "squad_v1.json"), "batch_size": 8,
             "max_steps": 12, "evaluations": 4, "precision": "fp32", "prefix": PrefixConfig(prefix_length=4, prefix_dropout=0.2),
-            "windows": WindowConfig(384, 64, 32),
+            "windows": WindowConfig(512, 64, 32),
         }  # fmt: skip
         return TrainingConfig(**{**usual, **changes})
 
@@ -149,13 +150,13 @@ def test_the_recorded_command_repeats_the_weights_bit_for_bit(method, make_confi
 
 
 def test_a_finished_run_holds_weights_and_all_that_repeats_them(make_config, tmp_path):
-    config = make_config()
+    config = make_config(max_steps=10)
     record = run_to(config, tmp_path / "run")
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", DESCRIPTION_FILE, RUN_FILE,
     ]  # fmt: skip
     assert json.loads((tmp_path / "run" / RUN_FILE).read_text(encoding="utf-8")) == record
-    assert record["status"] == "finished" and record["steps"] == 12
+    assert record["status"] == "finished" and record["steps"] == 10
     assert record["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
     assert record["versions"]["torch"] == torch.__version__
     assert record["git_commit"] == records.git_commit()
@@ -168,7 +169,10 @@ def test_a_finished_run_holds_weights_and_all_that_repeats_them(make_config, tmp
     assert record["parameters"]["trained"] == 4 * 2 * 2 * 32 + 2 * 32 + 2  # P·2·L·E and the head
     assert record["parameters"]["stored_bytes"] == weights_file(tmp_path / "run").stat().st_size
     assert record["wall_seconds"] > 0 and record["peak_memory_mib"] > 100
-    assert [step for step, _ in logged(record, "eval_f1")] == [3, 6, 9, 12]
+    assert [step for step, _ in logged(record, "eval_f1")] == [3, 6, 9, 10]
+    # The method's own rate, after a tenth of the steps to rise, falls to 0 at step 11.
+    rates = [(step, METHODS["p-tuning-v2"].learning_rate * (11 - step) / 9) for step in (3, 6, 9, 10)]
+    assert dict(logged(record, "learning_rate")) == pytest.approx(dict(rates))
     best = max(logged(record, "eval_f1", "eval_exact_match"), key=lambda entry: entry[1])
     assert record["metrics"] == {"step": best[0], "held_out_f1": best[1], "held_out_exact_match": best[2]}
 
@@ -231,7 +235,7 @@ def test_the_weights_of_the_best_evaluation_are_kept_also_in_a_run_that_was_cut_
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QATrainer, "_save", remember)
-        interrupted_run(make_config(method="head-only"), tmp_path / "here", "training_step", 11)
+        interrupted_run(make_config(method="head-only"), tmp_path / "here", "_load_best_model", 1)
         (tmp_path / "here").rename(tmp_path / "there")
         record = run_to(make_config(method="head-only"), tmp_path / "there")
     assert record["metrics"]["step"] == 6 and record["metrics"]["held_out_f1"] == 5
