@@ -71,7 +71,9 @@ def _eager_of(module: nn.Module):
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
-for _base in ("sdpa", "eager", "flash_attention_2"):  # flex attention's masks are functions, which cannot be widened
+# Flash-attention packages take padding on the left where keys outnumber queries; flex attention's masks are functions. Neither
+# can be widened; on a GPU "sdpa" chooses torch's own fused kernels.
+for _base in ("sdpa", "eager"):
     AttentionInterface.register(f"ptv2_{_base}", _with_prefix(_base))
     AttentionMaskInterface.register(f"ptv2_{_base}", ALL_MASK_ATTENTION_FUNCTIONS[_base])
 

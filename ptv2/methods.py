@@ -34,8 +34,8 @@ class Method:
 
     Args:
         title: for tables and figures.
-        build: makes the untrained model.
-        count: its trained numbers by formula, head apart: (prefix config, LoRA rank, shape, loaded encoder) -> int.
+        build: makes the untrained model, the prefix not yet initialised.
+        count: its trained numbers by formula, head apart.
         learning_rate: of what the method adds or changes. P-tuning v2's was chosen on held-out training articles
             (results/README.md); the others are usual values, not tuned here.
         head_learning_rate: of the span head.

@@ -217,6 +217,8 @@ class PrefixModelForQuestionAnswering(SpanModel):
             from ptv2.squad import load_examples  # only this default needs data
 
             texts = sorted({example.context for example in load_examples("embedded", "train")})
+        if not texts:
+            raise InputError('init="activations" needs texts to start from; give some, or choose init="normal".')
         generator = torch.Generator().manual_seed(seed)
         P = encoder.config.prefix_length
         drawn = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:P].tolist()]
