@@ -150,6 +150,22 @@ def test_answer_prints_a_list_of_answers(run, call):
     assert answers == [dataclasses.asdict(a) for a in QuestionAnswerer.from_pretrained(run)("Who tends it?", context, top_k=3)]
 
 
+def test_answer_settings_on_the_command_line_go_before_the_stored_ones(run_v2, tmp_path, call):
+    given = ["--no-answer-threshold", "-1000000", "--n-best", "3", "--max-answer-length", "2"]
+    status, out, _ = call("evaluate", run_v2, "--data", V2, *given)
+    told = json.loads(out)
+    assert status == 0
+    assert told["answers"] == {"max_answer_length": 2, "n_best": 3, "allow_no_answer": True, "no_answer_threshold": -1e6}
+    assert told["no_answer_exact_match"] == 100  # every question is declined
+    assert json.loads(call(*shlex.split(told["command"])[1:])[1])["answers"] == told["answers"]
+    words = ["predict", run_v2, "--data", V2, "--output", tmp_path / "p.json", "--n-best-output", tmp_path / "n.json"]
+    assert call(*words, *given, "--no-allow-no-answer")[0] == 0
+    lists = json.loads((tmp_path / "n.json").read_text(encoding="utf-8")).values()
+    assert all(len(answers) == 3 and all(answer["text"] for answer in answers) for answers in lists)
+    status, out, err = call("evaluate", run_v2, "--data", V2, "--n-best", "0")
+    assert (status, out) == (2, "") and "n_best is 0; it must be at least 1" in err
+
+
 def test_a_context_on_stdin_is_taken_as_it_is(run, call, monkeypatch):
     context = "First line.\r\nThe keeper — 李明 — tends the lamp.\r\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(context.encode()), encoding="ascii"))
