@@ -193,7 +193,7 @@ def test_params_counts_what_is_stored(run, call):
         ["fly"],
         ["train"],
         ["train", "--output-dir", "x", "--wings", "2"],
-        ["train", "--output-dir", "x", "--prefix-len", "2"],
+        ["train", "--output-dir", "x", "--method", "magic", "--prefix-len", "2"],
         ["train", "--output-dir", "x", "--epochs", "many"],
         ["train", "--output-dir", "x", "--batch-size", "1.5"],
         ["train", "--output-dir", "x", "--train-data"],
