@@ -227,8 +227,12 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
         for name, examples in (("train", train_examples), ("held_out", dev))
     }
     backbone = resolve_backbone(config.backbone)
-    if resumed and (record["data"], record["backbone"]["sha256"]) != (data, backbone.sha256):
-        raise InputError(f"{run} was started on other data or another backbone's weights; give it those, or choose another directory.")
+    dtype = str(fast_dtype(config.precision)).removeprefix("torch.")
+    if resumed and (record["data"], record["backbone"]["sha256"], record["dtype"]) != (data, backbone.sha256, dtype):
+        raise InputError(
+            f"{run} was started on other data, another backbone's weights or in another precision than {dtype}; "
+            "give it those, or choose another directory."
+        )
     set_seed(config.seed)
     texts = sorted({example.context for example in train_examples})
     model = build_model(
@@ -250,7 +254,7 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
             "versions": records.versions(), "git_commit": records.git_commit(), "machine": records.machine(),
             "data": {**data}, "backbone": {"name": backbone.name, "sha256": backbone.sha256},
             "parameters": asdict(count_parameters(model)), "windows": len(features),
-            "dtype": str(fast_dtype(config.precision)).removeprefix("torch."), "wall_seconds": 0.0,
+            "dtype": dtype, "wall_seconds": 0.0,
         }  # fmt: skip
     main_process = arguments.process_index == 0
     if main_process:

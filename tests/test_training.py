@@ -373,7 +373,17 @@ def test_a_run_continued_on_other_data_or_weights_is_refused(changed, make_confi
     file = data if changed == "data" else backbone / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content.replace(b"?", b"!", 1) if changed == "data" else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(InputError, match="was started on other data or another backbone's weights"):
+    with pytest.raises(InputError, match="was started on other data, another backbone's weights or in another precision"):
+        run_to(config, tmp_path / "run")
+
+
+def test_a_run_continued_on_a_machine_with_another_fast_precision_is_refused(make_config, tmp_path, monkeypatch):
+    config = make_config(precision="auto")
+    interrupted_run(config, tmp_path / "run", "training_step", 2)
+    here = records.read_json(tmp_path / "run" / RUN_FILE)["dtype"]
+    elsewhere = torch.float32 if here == "bfloat16" else torch.bfloat16
+    monkeypatch.setattr(training, "fast_dtype", lambda precision: elsewhere)
+    with pytest.raises(InputError, match="was started .* in another precision"):
         run_to(config, tmp_path / "run")
 
 
