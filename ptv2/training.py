@@ -212,77 +212,85 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
         record = _open_run(config, run)
     if record is not None and record["status"] == "finished":
         return record
-    resumed = record is not None
 
-    train_examples = [example for source in config.train_data for example in load_examples(source, "train")]
-    _refuse_shared_ids(train_examples, config.train_data)
-    if config.eval_data is None:
-        train_examples, dev = hold_out(train_examples, config.held_out)
-    else:
-        dev = load_examples(config.eval_data, "dev")
-    if not train_examples or not dev:
-        raise InputError(f"{len(train_examples)} questions to train on and {len(dev)} held out: both must be some; change held_out.")
-    data = {
-        name: {"questions": len(examples), "sha256": examples_sha256(examples)}
-        for name, examples in (("train", train_examples), ("held_out", dev))
-    }
+    questions = _read_questions(config)
     backbone = resolve_backbone(config.backbone)
-    dtype = str(fast_dtype(config.precision)).removeprefix("torch.")
-    if resumed and (record["data"], record["backbone"]["sha256"], record["dtype"]) != (data, backbone.sha256, dtype):
+    given = {
+        "data": {name: {"questions": len(part), "sha256": examples_sha256(part)} for name, part in questions.items()},
+        "backbone": {"name": backbone.name, "sha256": backbone.sha256},
+        "dtype": str(fast_dtype(config.precision)).removeprefix("torch."),
+    }
+    if record is not None and {name: record[name] for name in given} != given:
         raise InputError(
-            f"{run} was started on other data, another backbone's weights or in another precision than {dtype}; "
+            f"{run} was started on other data, another backbone's weights or in another precision than {given['dtype']}; "
             "give it those, or choose another directory."
         )
     set_seed(config.seed)
-    texts = sorted({example.context for example in train_examples})
+    texts = sorted({example.context for example in questions["train"]})
     model = build_model(
         config.method, config.backbone, config.prefix, lora_rank=config.lora_rank, texts=texts, seed=config.seed,
         precision=config.precision,
     )  # fmt: skip
     tokenizer = load_tokenizer(backbone)
     with arguments.main_process_first(desc="tokenise"):  # the others find the cache
-        features = make_features(train_examples, tokenizer, config.windows)
-        make_features(dev, tokenizer, config.windows)
-    whole_batch = config.batch_size * config.gradient_accumulation * arguments.world_size
-    steps = config.max_steps or math.ceil(math.ceil(len(features) / whole_batch) * config.epochs)
-    arguments.eval_steps = arguments.save_steps = math.ceil(steps / config.evaluations)
-    answers = AnswerConfig(allow_no_answer=any(example.is_impossible for example in train_examples))
+        features, _ = (make_features(part, tokenizer, config.windows) for part in questions.values())
+    arguments.eval_steps = arguments.save_steps = _steps_between_evaluations(config, len(features), arguments.world_size)
+    answers = AnswerConfig(allow_no_answer=any(example.is_impossible for example in questions["train"]))
     answerer = QuestionAnswerer(model, config.windows, answers)
-    if not resumed:
-        record = {
-            "status": "running", "command": command, "config": config.to_dict(), "date": records.now(),
-            "versions": records.versions(), "git_commit": records.git_commit(), "machine": records.machine(),
-            "data": {**data}, "backbone": {"name": backbone.name, "sha256": backbone.sha256},
-            "parameters": asdict(count_parameters(model)), "windows": len(features),
-            "dtype": dtype, "wall_seconds": 0.0,
-        }  # fmt: skip
-    main_process = arguments.process_index == 0
-    if main_process:
+    record = record or {
+        "status": "running", "command": command, "config": config.to_dict(), "date": records.now(),
+        "versions": records.versions(), "git_commit": records.git_commit(), "machine": records.machine(), **given,
+        "parameters": asdict(count_parameters(model)), "windows": len(features), "wall_seconds": 0.0,
+    }  # fmt: skip
+    if arguments.process_index == 0:
         records.write_json(run / RUN_FILE, record)
     columns = [name for name in (*MODEL_INPUTS, "length") if name in features.column_names]
     callback = _RunCallback(run, record)
     trainer = QATrainer(
-        model, config, answerer, dev, args=arguments, train_dataset=features.select_columns(columns), eval_dataset=dev,
-        data_collator=partial(collate, tokenizer=tokenizer), callbacks=[callback],
+        model, config, answerer, questions["held_out"], args=arguments, train_dataset=features.select_columns(columns),
+        eval_dataset=questions["held_out"], data_collator=partial(collate, tokenizer=tokenizer), callbacks=[callback],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_last_checkpoint(run / CHECKPOINTS))
     trainer.accelerator.wait_for_everyone()  # all have loaded the best checkpoint before it is deleted
-    if main_process:
+    if arguments.process_index == 0:
         model.save_pretrained(run, windows=asdict(config.windows), answers=asdict(answers))
-        best = max((entry for entry in trainer.state.log_history if "eval_f1" in entry), key=lambda entry: entry["eval_f1"])
-        record.update(
-            status="finished",
-            finished=records.now(),
-            wall_seconds=callback.seconds(),
-            peak_memory_mib=round(records.peak_memory_mib(), 1),
-            steps=trainer.state.global_step,
-            log_history=trainer.state.log_history,
-            metrics={"held_out_exact_match": best["eval_exact_match"], "held_out_f1": best["eval_f1"], "step": best["step"]},
-        )
-        record["parameters"]["stored_bytes"] = sum(file.stat().st_size for file in run.glob("*.safetensors"))
-        records.write_json(run / RUN_FILE, record)
-        shutil.rmtree(run / CHECKPOINTS)
+        _finish(run, record, trainer, callback.seconds())
     return record
+
+
+def _read_questions(config: TrainingConfig) -> dict[str, list[Example]]:
+    """The questions to train on, and those held out to pick the best checkpoint."""
+    examples = [example for source in config.train_data for example in load_examples(source, "train")]
+    _refuse_shared_ids(examples, config.train_data)
+    if config.eval_data is None:
+        examples, dev = hold_out(examples, config.held_out)
+    else:
+        dev = load_examples(config.eval_data, "dev")
+    return {"train": examples, "held_out": dev}
+
+
+def _steps_between_evaluations(config: TrainingConfig, windows: int, processes: int) -> int:
+    whole_batch = config.batch_size * config.gradient_accumulation * processes
+    steps = config.max_steps or math.ceil(math.ceil(windows / whole_batch) * config.epochs)
+    return math.ceil(steps / config.evaluations)
+
+
+def _finish(run: Path, record: dict, trainer: QATrainer, seconds: float) -> None:
+    """Complete the record of a run whose weights are saved, and delete what was kept for resuming it."""
+    log = trainer.state.log_history
+    best = max((entry for entry in log if "eval_f1" in entry), key=lambda entry: entry["eval_f1"])
+    record.update(
+        status="finished",
+        finished=records.now(),
+        wall_seconds=seconds,
+        peak_memory_mib=round(records.peak_memory_mib(), 1),
+        steps=trainer.state.global_step,
+        log_history=log,
+        metrics={"held_out_exact_match": best["eval_exact_match"], "held_out_f1": best["eval_f1"], "step": best["step"]},
+    )
+    record["parameters"]["stored_bytes"] = sum(file.stat().st_size for file in run.glob("*.safetensors"))
+    records.write_json(run / RUN_FILE, record)
+    shutil.rmtree(run / CHECKPOINTS)
 
 
 def _open_run(config: TrainingConfig, run: Path) -> dict | None:

@@ -216,7 +216,7 @@ FAULTS = [
     ((0, 1), "answers", [{"text": "1871", "answer_start": "34"}], rf'{QUESTION}: an answer lacks the whole number "answer_start"'),
     ((0, 1), "answers", [{"text": "1871", "answer_start": 34.0}], rf'{QUESTION}: an answer lacks the whole number "answer_start"'),
     ((0, 1), "answers", [{"text": "h", "answer_start": True}], rf'{QUESTION}: an answer lacks the whole number "answer_start"'),
-    ((0, 1), "answers", [{"text": ".", "answer_start": -1}], rf"{QUESTION}: the answer '\.' is not at character -1,"),
+    ((0, 1), "answers", [{"text": "Riga", "answer_start": -5}], rf"{QUESTION}: the answer 'Riga' is not at character -5,"),
     ((0, 1), "answers", [{"text": "1871", "answer_start": 33}], rf"{QUESTION}: the answer '1871' is not at character 33, .*' 187'"),
     ((0, 1), "answers", [{"text": "1871", "answer_start": 10**9}], rf"{QUESTION}: the answer '1871' is not at character 1000000000"),
     ((0, 1), "is_impossible", True, rf"{QUESTION}: is_impossible is true, yet there are answers; correct one of the two"),
