@@ -9,14 +9,17 @@ RUN := runs/embedded
 
 .PHONY: run env test lint report clean
 
-# Train on the embedded questions, score and answer, beside the trained prefix that ships; then a short report.
+# Train on the embedded questions, score, answer one question (beside the trained prefix that ships), and a short report.
+QUESTION := --question "What did the men get for their work?" --top-k 2 \
+  --context "The harbour was dug by two hundred men from the islands. They were paid in herring and copper."
 run: env
 	$(BIN)/ptv2 train --epochs 2 --output-dir $(RUN)
 	$(BIN)/ptv2 evaluate $(RUN) --data embedded --output $(RUN)/evaluation.json > /dev/null
-	$(BIN)/ptv2 evaluate results/checkpoints/p-tuning-v2 --data embedded > /dev/null
-	$(BIN)/ptv2 answer results/checkpoints/p-tuning-v2 \
-	  --question "What did the men get for their work?" \
-	  --context "The harbour was dug by two hundred men from the islands. They were paid in herring and copper." --top-k 2
+	@echo "The run of a minute ago answers:"
+	$(BIN)/ptv2 answer $(RUN) $(QUESTION)
+	@echo "The prefix that ships, trained on 16,800 questions, answers:"
+	$(BIN)/ptv2 answer results/checkpoints/p-tuning-v2 $(QUESTION)
+	@echo "This run beside the recorded ones:"
 	$(BIN)/ptv2 report $(RUN) results/runs
 
 env: $(STAMP)
