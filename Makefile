@@ -17,7 +17,7 @@ run: env
 	$(BIN)/ptv2 evaluate $(RUN) --data embedded --output $(RUN)/evaluation.json > /dev/null
 	@echo "The run of a minute ago answers:"
 	$(BIN)/ptv2 answer $(RUN) $(QUESTION)
-	@echo "The prefix that ships, trained on 16,800 questions, answers:"
+	@echo "The prefix that ships answers:"
 	$(BIN)/ptv2 answer results/checkpoints/p-tuning-v2 $(QUESTION)
 	@echo "This run beside the recorded ones:"
 	$(BIN)/ptv2 report $(RUN) results/runs
