@@ -56,6 +56,11 @@ class Result:
         return self.run["config"]["method"]
 
     @property
+    def windows_per_step(self) -> int:
+        """Of one process; runs that are compared had one."""
+        return self.run["config"]["batch_size"] * self.run["config"]["gradient_accumulation"]
+
+    @property
     def share(self) -> float:
         """Trained numbers, head included, in percent of the backbone's."""
         return 100 * self.run["parameters"]["trained"] / self.run["parameters"]["backbone"]
@@ -86,8 +91,8 @@ def results_table(results: list[Result]) -> str:
 
     Where p-tuning-v2 and fine-tuning were both evaluated, a sentence sets their means over seeds side by side.
     """
-    head = "| run | method | trained numbers | of the backbone | stored | EM | F1 | minutes | questions |"
-    lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|---|"]
+    head = "| run | method | trained numbers | of the backbone | stored | windows seen | minutes | EM | F1 | questions |"
+    lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|---|"]
     for result in results:
         parameters = result.run["parameters"]
         if result.evaluation:
@@ -98,7 +103,8 @@ def results_table(results: list[Result]) -> str:
             questions = f"{result.run['data']['held_out']['questions']:,} held out of training"
         lines.append(
             f"| {result.name} | {METHODS[result.method].title} | {parameters['trained']:,} | {result.share:.3g} % "
-            f"| {_bytes(parameters['stored_bytes'])} | {exact} | {f1} | {result.run['wall_seconds'] / 60:.1f} | {questions} |"
+            f"| {_bytes(parameters['stored_bytes'])} | {result.run['steps'] * result.windows_per_step:,} "
+            f"| {result.run['wall_seconds'] / 60:.1f} | {exact} | {f1} | {questions} |"
         )
     return "\n".join(lines + _against_fine_tuning(results))
 
@@ -180,9 +186,8 @@ def _draw_f1_against_size(axes, results: list[Result]) -> None:
 def _draw_learning_curves(axes, results: list[Result]) -> None:
     ends: dict[str, tuple[float, float]] = {}
     for result in results:
-        per_step = result.run["config"]["batch_size"] * result.run["config"]["gradient_accumulation"]
         log = [entry for entry in result.run["log_history"] if "eval_f1" in entry]
-        steps = [entry["step"] * per_step / 1000 for entry in log]
+        steps = [entry["step"] * result.windows_per_step / 1000 for entry in log]
         f1 = [entry["eval_f1"] for entry in log]
         axes.plot(steps, f1, marker=".", color=COLOURS[result.method], linewidth=1.2, alpha=0.85)
         ends.setdefault(result.method, (steps[-1], f1[-1]))

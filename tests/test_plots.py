@@ -17,6 +17,7 @@ def write_run(folder: Path, method: str, trained: int, f1: float | None, status:
         "config": {"method": method, "batch_size": 8, "gradient_accumulation": 2},
         "parameters": {"trained": trained, "backbone": 1_000_000, "stored_bytes": 4 * trained},
         "wall_seconds": 90.0,
+        "steps": 200,
         "data": {"held_out": {"questions": 321}},
         "metrics": {"held_out_exact_match": 31.5, "held_out_f1": 42.25},
         "log_history": [{"step": 10, "eval_f1": 20.0}, {"step": 10, "loss": 3.0}, {"step": 20, "eval_f1": 42.25}],
@@ -49,9 +50,9 @@ def test_a_folder_without_finished_runs_is_refused(tmp_path):
 
 def test_the_table_says_what_the_records_say(folder):
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in results_table(read_results([folder])).splitlines()[2:]}
-    assert "| 6,500 | 0.65 % | 26 kB | 40.0 [38.0, 42.0] | 62.0 [60.0, 64.0] | 1.5 | 1,190 of questions.json |" in rows["prefix-0"]
+    assert "| 6,500 | 0.65 % | 26 kB | 3,200 | 1.5 | 40.0 [38.0, 42.0] | 62.0 [60.0, 64.0] | 1,190 of questions.json |" in rows["prefix-0"]
     assert "| 1,000,000 | 100 % | 4.0 MB |" in rows["full"]
-    assert "| 31.5 | 42.2 | 1.5 | 321 held out of training |" in rows["unscored"]
+    assert "| 3,200 | 1.5 | 31.5 | 42.2 | 321 held out of training |" in rows["unscored"]
 
 
 def test_the_table_sets_the_mean_over_seeds_against_fine_tuning(folder):
