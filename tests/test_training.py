@@ -383,7 +383,7 @@ def test_a_run_continued_on_a_machine_with_another_fast_precision_is_refused(mak
     here = records.read_json(tmp_path / "run" / RUN_FILE)["dtype"]
     elsewhere = torch.float32 if here == "bfloat16" else torch.bfloat16
     monkeypatch.setattr(training, "fast_dtype", lambda precision: elsewhere)
-    with pytest.raises(InputError, match="was started .* in another precision"):
+    with pytest.raises(InputError, match=r"was started .* in another precision"):
         run_to(config, tmp_path / "run")
 
 
