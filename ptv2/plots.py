@@ -191,8 +191,10 @@ def _draw_learning_curves(axes, results: list[Result]) -> None:
         f1 = [entry["eval_f1"] for entry in log]
         axes.plot(steps, f1, marker=".", color=COLOURS[result.method], linewidth=1.2, alpha=0.85)
         ends.setdefault(result.method, (steps[-1], f1[-1]))
+    longest = max(x for x, _ in ends.values())
     for method, (x, y) in ends.items():
-        axes.annotate(METHODS[method].title, (x, y), xytext=(0, 8), textcoords="offset points", color=COLOURS[method], ha="right")
+        side = "right" if x > longest / 2 else "left"  # away from the axes
+        axes.annotate(METHODS[method].title, (x, y), xytext=(0, 8), textcoords="offset points", color=COLOURS[method], ha=side)
     axes.margins(y=0.15)
     axes.set_xlabel("windows trained on, thousands")
     axes.set_ylabel("F1 on held-out training articles, %")
