@@ -111,11 +111,12 @@ def results_table(results: list[Result]) -> str:
 
 def _against_fine_tuning(results: list[Result]) -> list[str]:
     """One sentence on how near the prefix comes, in a paragraph of its own; none if one of the two is missing."""
-    f1 = {
-        method: [r.evaluation["f1"]["value"] for r in results if r.method == method and r.evaluation]
+    evaluated = [result for result in results if result.evaluation]
+    data = {r.evaluation["data"] for r in evaluated if r.method == "fine-tuning"}  # means over different questions would say nothing
+    prefix, full = (
+        [r.evaluation["f1"]["value"] for r in evaluated if r.method == method and data == {r.evaluation["data"]}]
         for method in ("p-tuning-v2", "fine-tuning")
-    }
-    prefix, full = f1["p-tuning-v2"], f1["fine-tuning"]
+    )
     if not prefix or not full:
         return []
     mean, of = sum(prefix) / len(prefix), sum(full) / len(full)

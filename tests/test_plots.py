@@ -61,6 +61,14 @@ def test_the_table_sets_the_mean_over_seeds_against_fine_tuning(folder):
     )
 
 
+def test_a_prefix_scored_on_other_questions_stays_out_of_the_mean(folder):
+    sentence = results_table(read_results([folder])).splitlines()[-1]
+    write_run(folder / "elsewhere", "p-tuning-v2", 6_500, 10.0)
+    file = folder / "elsewhere" / "evaluation.json"
+    file.write_text(file.read_text().replace("questions.json", "other.json"))
+    assert results_table(read_results([folder])).splitlines()[-1] == sentence
+
+
 def test_the_same_records_give_the_same_figure_in_both_formats(folder, tmp_path):
     results = read_results([folder])
     for name in ("a.svg", "b.png"):
