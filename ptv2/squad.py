@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 
 from ptv2.errors import InputError
@@ -88,6 +87,8 @@ def _read_file(path: Path) -> list[Example]:
 
 
 def _read_dataset(name: str, split: str) -> list[Example]:
+    import datasets  # slow to import, and files do without
+
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets, the hub, pyarrow and fsspec each raise their own kinds
