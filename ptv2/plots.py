@@ -1,5 +1,7 @@
 """Every figure, and the table that goes with it, from records alone: one style, colour-blind safe, labelled directly."""
 
+import base64
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,8 @@ COLOURS = {
     "prompt-tuning": "#CC79A7",
     "bitfit": "#E69F00",
 }
+# A notebook's picture has 1.5 times the pixels that it takes on the page, for sharp lines on fine screens and on paper.
+PNG_DPI, SCREEN_DPI = 144, 96
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 STYLE = {
     "figure.figsize": (7.2, 4.2),
@@ -143,6 +147,31 @@ def _with_interval(value: dict) -> str:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def show(figure, name: str, data: object, output_dir: str | Path) -> None:
+    """Display a figure once, as PNG, in a notebook, and keep it beside the data that it was drawn from.
+
+    Args:
+        figure: of matplotlib; it is closed.
+        name: of the files, and what a reader without pictures gets.
+        data: what was drawn, as JSON can hold it.
+        output_dir: where NAME.svg, NAME.png and NAME.json go; "" keeps none.
+    """
+    from IPython.display import display  # the notebooks extra
+
+    picture = io.BytesIO()
+    with plt.rc_context(STYLE):
+        figure.savefig(picture, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        if output_dir:
+            path = Path(output_dir) / name
+            records.write_json(path.with_name(f"{name}.json"), data)  # makes the folder, too
+            path.with_name(f"{name}.png").write_bytes(picture.getvalue())
+            figure.savefig(path.with_name(f"{name}.svg"), metadata={"Date": None})
+    plt.close(figure)
+    width = round(figure.get_figwidth() * SCREEN_DPI)
+    shown = {"image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": f"Figure: {name}"}
+    display(shown, raw=True, metadata={"image/png": {"width": width, "alt": name.replace("_", " ")}})
 
 
 def draw_comparison(results: list[Result], path: Path) -> None:

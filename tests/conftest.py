@@ -94,3 +94,11 @@ def tiny_roberta(tmp_path_factory) -> Path:
 def tiny_backbone(request) -> Path:
     """Both tiny backbones, in turn."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def displayed(monkeypatch) -> list[tuple[dict, dict]]:
+    """What the test displays as a notebook would, as (data by MIME type, metadata)."""
+    outputs = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata=None: outputs.append((data, metadata)))
+    return outputs

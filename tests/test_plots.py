@@ -1,5 +1,7 @@
 """The report: which runs it finds, what its table says, and a figure that is the same for the same records."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from ptv2.errors import InputError
-from ptv2.plots import COLOURS, METHODS, draw_comparison, put_into, read_results, results_table
+from ptv2.plots import COLOURS, METHODS, draw_comparison, put_into, read_results, results_table, show
 
 
 def write_run(folder: Path, method: str, trained: int, f1: float | None, status: str = "finished") -> None:
@@ -98,3 +100,23 @@ def test_a_page_without_marks_is_refused_and_left_alone(tmp_path):
     with pytest.raises(InputError, match="lacks the marks"):
         put_into(file, "table")
     assert file.read_text() == "above <!-- results --> below"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_figure_is_shown_once_and_kept_beside_its_data(tmp_path, displayed, kept):
+    output_dir = tmp_path / "figures"
+    figure, axes = plt.subplots(figsize=(5, 3))
+    axes.plot([1, 2])
+    show(figure, "a_line", {"y": [1, 2]}, str(output_dir) if kept else "")
+    ((data, metadata),) = displayed
+    picture = base64.b64decode(data["image/png"])
+    assert plt.imread(io.BytesIO(picture)).shape[:2] == (432, 720)
+    assert metadata["image/png"] == {"width": 480, "alt": "a line"}
+    assert not plt.fignum_exists(figure.number)
+    if not kept:
+        assert not output_dir.exists()
+        return
+    assert {file.name for file in output_dir.iterdir()} == {"a_line.svg", "a_line.png", "a_line.json"}
+    assert (output_dir / "a_line.png").read_bytes() == picture
+    assert json.loads((output_dir / "a_line.json").read_text()) == {"y": [1, 2]}
+    assert "<svg" in (output_dir / "a_line.svg").read_text()
