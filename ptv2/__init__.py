@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for editors; at run time a name is imported when it is first used, as torch and transformers take seconds
     from ptv2.answers import Answer, AnswerConfig, QuestionAnswerer
     from ptv2.backbone import DEFAULT_BACKBONE
+    from ptv2.bank import PrefixBank
     from ptv2.errors import InputError
     from ptv2.features import WindowConfig
     from ptv2.methods import METHODS, build_model, count_parameters, load_model
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
 _HOMES = {
     "answers": ("Answer", "AnswerConfig", "QuestionAnswerer"),
     "backbone": ("DEFAULT_BACKBONE",),
+    "bank": ("PrefixBank",),
     "errors": ("InputError",),
     "features": ("WindowConfig",),
     "methods": ("METHODS", "build_model", "count_parameters", "load_model"),
@@ -35,6 +37,7 @@ __all__ = [
     "AnswerConfig",
     "Example",
     "InputError",
+    "PrefixBank",
     "PrefixConfig",
     "PrefixEncoder",
     "PrefixModelForQuestionAnswering",

@@ -1,9 +1,9 @@
 """From span logits to answers: n-best spans over all windows, "no answer" where that scores higher, exact text."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ptv2.backbone import default_device, load_tokenizer
+from ptv2.bank import PrefixBank
 from ptv2.errors import InputError
 from ptv2.features import WindowConfig, batches_by_length, collate, make_features
 from ptv2.methods import load_model, read_description
@@ -108,38 +109,44 @@ def best_spans(start_logits: Tensor, end_logits: Tensor, is_context: Tensor, con
 
 @torch.inference_mode()
 def predict(
-    model: SpanModel,
+    model: SpanModel | PrefixBank,
     examples: list[Example],
     features: datasets.Dataset,
     tokenizer: PreTrainedTokenizerFast,
-    config: AnswerConfig,
+    configs: Sequence[AnswerConfig],
     batch_size: int = 32,
     progress: Callable = iter,
+    prefixes: Sequence[int] | None = None,
 ) -> list[Prediction]:
     """A prediction for every example, in order.
 
     Args:
         features: `make_features` of the same examples.
+        configs: one, or with `prefixes` one for each prefix; they agree in max_answer_length and n_best.
         progress: wraps the list of batches, such as tqdm.
+        prefixes: of a bank, which prefix each example is read with.
     """
     was_training = model.training
     model.eval()
-    device = model.qa_outputs.weight.device
+    device = model.backbone.device
+    config_of = [configs[0 if prefixes is None else prefixes[i]] for i in range(len(examples))]
     spans: list[list[tuple[float, int, int]]] = [[] for _ in examples]  # logit, start, end in characters
     nulls = [math.inf] * len(examples)
     for batch_rows in progress(batches_by_length(features, batch_size)):
         rows = [features[i] for i in batch_rows]
         batch = collate(rows, tokenizer)
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if not name.endswith("_positions")}
+        if prefixes is not None:
+            inputs["prefix_index"] = torch.tensor([prefixes[row["example"]] for row in rows], device=device)
         output = model(**inputs)
         start_logits, end_logits = output.start_logits.cpu(), output.end_logits.cpu()  # [B, S]
         S = start_logits.shape[1]
-        for which, logit, start, end, null in _spans_of_batch(rows, start_logits, end_logits, S, tokenizer, config):
+        for which, logit, start, end, null in _spans_of_batch(rows, start_logits, end_logits, S, tokenizer, configs[0]):
             spans[which].extend(zip(logit, start, end, strict=True))
             # The window least sure that there is no answer decides, as in BERT's run_squad.py.
             nulls[which] = min(nulls[which], null)
     model.train(was_training)
-    return [_choose(example.context, s, null, config) for example, s, null in zip(examples, spans, nulls, strict=True)]
+    return [_choose(e.context, s, null, config) for e, s, null, config in zip(examples, spans, nulls, config_of, strict=True)]
 
 
 def _spans_of_batch(
@@ -190,25 +197,43 @@ class QuestionAnswerer:
     >>> qa(question="Who keeps the light?", context="A keeper tends the lamp.", top_k=3)
     """
 
-    def __init__(self, model: SpanModel, windows: WindowConfig | None = None, answers: AnswerConfig | None = None):
+    def __init__(
+        self,
+        model: SpanModel | PrefixBank,
+        windows: WindowConfig | None = None,
+        answers: AnswerConfig | None = None,
+        more_answers: Sequence[AnswerConfig] = (),
+    ):
+        """
+        Args:
+            windows, answers: how texts are cut and spans chosen.
+            more_answers: of a bank, the settings of its second prefix and so on; `answers` alone holds for all.
+        """
         self.model, self.windows, self.answers = model.eval(), windows or WindowConfig(), answers or AnswerConfig()
+        self.more_answers = tuple(more_answers)
         self.tokenizer = load_tokenizer(model.source)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, precision: str = "auto") -> "QuestionAnswerer":
+    def from_pretrained(cls, path: str | Path | Sequence[str | Path], precision: str = "auto") -> "QuestionAnswerer":
         """Load the checkpoint directory of any method, with the window and answer settings it was trained with.
 
+        Args:
+            path: of a checkpoint; several become one bank of prefixes (see `ptv2.bank`).
+
         Raises:
-            InputError: it is broken or does not fit its backbone.
+            InputError: it is broken or does not fit its backbone, or several do not go together.
         """
-        path = Path(path)
-        described = read_description(path)
-        try:
-            windows = WindowConfig(**described.get("windows", {}))
-            answers = AnswerConfig(**described.get("answers", {}))
-        except TypeError as error:
-            raise InputError(f"{path / DESCRIPTION_FILE} is not a ptv2 description ({error}): save the checkpoint again.") from error
-        return cls(load_model(path, precision=precision).to(default_device()), windows, answers)
+        if isinstance(path, (str, Path)):
+            windows, answers = _read_settings(Path(path))
+            return cls(load_model(path, precision=precision).to(default_device()), windows, answers)
+        bank = PrefixBank.from_pretrained(path, precision=precision).to(default_device())
+        settings = [_read_settings(Path(each)) for each in path]
+        windows, answers = settings[0]
+        for each, (other_windows, other) in zip(path, settings, strict=True):
+            alike = replace(other, allow_no_answer=answers.allow_no_answer, no_answer_threshold=answers.no_answer_threshold)
+            if other_windows != windows or alike != answers:
+                raise InputError(f"{each} was trained with other window or answer lengths than {path[0]}; load them apart.")
+        return cls(bank, windows, answers, [other for _, other in settings[1:]])
 
     def __call__(self, question: str, context: str, top_k: int = 1) -> list[Answer]:
         """The best answers to a question, best first; character offsets into `context`.
@@ -220,8 +245,14 @@ class QuestionAnswerer:
             raise InputError(f"top_k is {top_k}; it must be at least 1.")
         return list(self.ask([question], [context])[0].answers[:top_k])
 
-    def ask(self, questions: list[str], contexts: list[str], batch_size: int = 32) -> list[Prediction]:
-        """Predictions for many questions, each about its own context, in batches."""
+    def ask(
+        self, questions: list[str], contexts: list[str], batch_size: int = 32, prefixes: Sequence[int] | None = None
+    ) -> list[Prediction]:
+        """Predictions for many questions, each about its own context, in batches.
+
+        Args:
+            prefixes: of a bank, the prefix that each question is answered with, 0 to N - 1; the first for all if None.
+        """
         for question, context in zip(questions, contexts, strict=True):
             _check_text("question", question, MAX_QUESTION_CHARACTERS)
             _check_text("context", context, MAX_CONTEXT_CHARACTERS)
@@ -229,12 +260,35 @@ class QuestionAnswerer:
         examples = [Example(str(i), "", question, context, ()) for i, (question, context) in pairs]
         with _quiet_datasets():
             features = make_features(examples, self.tokenizer, self.windows, cache=False)
-        return predict(self.model, examples, features, self.tokenizer, self.answers, batch_size)
+        return self._predict(examples, features, batch_size, iter, prefixes)
 
-    def predict_examples(self, examples: list[Example], batch_size: int = 32, progress: Callable = iter) -> list[Prediction]:
+    def predict_examples(
+        self, examples: list[Example], batch_size: int = 32, progress: Callable = iter, prefixes: Sequence[int] | None = None
+    ) -> list[Prediction]:
         """Predictions for examples read from a data set; their windows are cached on disk."""
         features = make_features(examples, self.tokenizer, self.windows)
-        return predict(self.model, examples, features, self.tokenizer, self.answers, batch_size, progress)
+        return self._predict(examples, features, batch_size, progress, prefixes)
+
+    def _predict(self, examples, features, batch_size, progress, prefixes) -> list[Prediction]:
+        configs = (self.answers, *self.more_answers)
+        if isinstance(self.model, PrefixBank):
+            if len(configs) == 1:
+                configs *= len(self.model)
+            prefixes = [0] * len(examples) if prefixes is None else prefixes
+            if len(prefixes) != len(examples) or not all(0 <= n < len(self.model) for n in prefixes):
+                raise InputError(f"prefixes must name one of 0 to {len(self.model) - 1} for each of the {len(examples)} questions.")
+        elif prefixes is not None:
+            raise InputError("prefixes are for a bank; this is a single model: load several checkpoints to choose among them.")
+        return predict(self.model, examples, features, self.tokenizer, configs, batch_size, progress, prefixes)
+
+
+def _read_settings(path: Path) -> tuple[WindowConfig, AnswerConfig]:
+    """How a checkpoint was trained to cut texts and choose spans."""
+    described = read_description(path)
+    try:
+        return WindowConfig(**described.get("windows", {})), AnswerConfig(**described.get("answers", {}))
+    except TypeError as error:
+        raise InputError(f"{path / DESCRIPTION_FILE} is not a ptv2 description ({error}): save the checkpoint again.") from error
 
 
 def _check_text(field: str, text: str, limit: int) -> None:

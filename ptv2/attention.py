@@ -8,9 +8,10 @@ backbone's code is not touched. All that depends on the transformers version or 
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +24,49 @@ from ptv2.errors import InputError
 from ptv2.prefix import AttentionShape
 
 _current: ContextVar["_Forward | None"] = ContextVar("ptv2_forward", default=None)
+_watcher: ContextVar[Callable[[Tensor, Tensor], None] | None] = ContextVar("ptv2_watcher", default=None)
+
+
+class LayerPrefix(NamedTuple):
+    """The prefix of one layer.
+
+    key, value: [H, P, D] for all examples, or [B, H, P, D] where they differ.
+    visible: bool [B, P], which of these places an example sees; None for all.
+    """
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None = None
 
 
 class _Forward:
     """What one forward pass through a backbone carries to its attention layers."""
 
-    def __init__(self, prefix: dict[int, tuple[Tensor, Tensor]], record: bool = False):
-        self.prefix = prefix  # layer -> key, value: [H, P, D], or [B, H, P, D] where the examples differ
+    def __init__(self, prefix: dict[int, LayerPrefix], record: bool = False):
+        self.prefix = prefix
         self.calls = 0  # attention layers run so far: ALBERT calls one module for every layer, so modules can't be asked
         self.recorded: list[tuple[Tensor, Tensor]] | None = [] if record else None
-        self._mask: tuple[Tensor, Tensor] | None = None
+        self._widened: tuple[Tensor | None, Tensor | None, Tensor] | None = None
 
-    def widen(self, mask: Tensor, P: int) -> Tensor:
-        """[B, 1, S, S] to [B, 1, S, P + S], the prefix visible to all; one for all layers that share a mask."""
-        if self._mask is None or self._mask[0] is not mask:
-            visible = True if mask.dtype == torch.bool else 0.0
-            self._mask = mask, nn.functional.pad(mask, (P, 0), value=visible)
-        return self._mask[1]
+    def widen(self, mask: Tensor | None, prefix: LayerPrefix, query: Tensor) -> Tensor | None:
+        """[B, 1, S, S] or None (all visible) to [B, 1, S or 1, P + S] or None; one for all layers that share mask and prefix."""
+        if mask is None and prefix.visible is None:
+            return None
+        if self._widened is None or self._widened[0] is not mask or self._widened[1] is not prefix.visible:
+            self._widened = mask, prefix.visible, _widened(mask, prefix, query)
+        return self._widened[2]
+
+
+def _widened(mask: Tensor | None, prefix: LayerPrefix, query: Tensor) -> Tensor:
+    P, S = prefix.key.shape[-2], query.shape[2]
+    if mask is None:
+        mask = query.new_zeros((len(query), 1, 1, S))
+    shown = True if mask.dtype == torch.bool else 0.0
+    mask = nn.functional.pad(mask, (P, 0), value=shown)  # [B, 1, S or 1, P + S]
+    if prefix.visible is not None:
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask[..., :P].masked_fill_(~prefix.visible[:, None, None, :], hidden)
+    return mask
 
 
 def _with_prefix(base_name: str):
@@ -52,18 +79,26 @@ def _with_prefix(base_name: str):
         if forward is not None:
             if forward.recorded is not None:
                 forward.recorded.append((key.detach(), value.detach()))
-            pair = forward.prefix.get(forward.calls)
+            prefix = forward.prefix.get(forward.calls)
             forward.calls += 1
-            if pair is not None:
+            if prefix is not None:
                 B = query.shape[0]
-                prefix_key, prefix_value = (part.to(key.dtype).expand(B, *part.shape[-3:]) for part in pair)
+                prefix_key, prefix_value = (part.to(key.dtype).expand(B, *part.shape[-3:]) for part in prefix[:2])
                 key = torch.cat((prefix_key, key), dim=2)  # [B, H, P + S, D]
                 value = torch.cat((prefix_value, value), dim=2)  # [B, H, P + S, D]
-                if attention_mask is not None:
-                    attention_mask = forward.widen(attention_mask, prefix_key.shape[2])
+                attention_mask = forward.widen(attention_mask, prefix, query)
+        if (watch := _watcher.get()) is not None:
+            watch(key, _weights(module, query, key, value, attention_mask, kwargs))
         return base(module, query, key, value, attention_mask, **kwargs)
 
     return attend
+
+
+def _weights(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+    """Attention weights [B, H, S, P + S] by the family's plain function, for the fused ones form none."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return _eager_of(module)(module, query, key, value, mask, **options)[1]
 
 
 def _eager_of(module: nn.Module):
@@ -123,11 +158,11 @@ def open_to_prefix(backbone: PreTrainedModel) -> None:
 
 
 @contextmanager
-def prefix_for_forward(prefix: dict[int, tuple[Tensor, Tensor]], record: bool = False) -> Iterator[_Forward]:
+def prefix_for_forward(prefix: dict[int, LayerPrefix], record: bool = False) -> Iterator[_Forward]:
     """While this is open, the n-th attention layer that runs in this thread sees `prefix[n]`.
 
     Args:
-        prefix: layer index -> key and value, each [H, P, D] for all examples or [B, H, P, D] one by one.
+        prefix: layer index -> what that layer sees before the text.
         record: keep each layer's own keys and values, [B, H, S, D], in `recorded`.
     """
     forward = _Forward(prefix, record)
@@ -136,6 +171,21 @@ def prefix_for_forward(prefix: dict[int, tuple[Tensor, Tensor]], record: bool = 
         yield forward
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def watch_attention(watch: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """While this is open, each attention layer that runs in this thread hands `watch` its keys and its attention weights.
+
+    Args:
+        watch: is called layer by layer, in order, with keys [B, H, P + S, D] and weights [B, H, S, P + S], the prefix (if the
+            layer has one) first.
+    """
+    token = _watcher.set(watch)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @torch.no_grad()

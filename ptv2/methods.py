@@ -189,22 +189,29 @@ def build_model(
     Raises:
         InputError: unknown method or backbone.
     """
-    model = _build(method, resolve_backbone(backbone), prefix or PrefixConfig(), lora_rank, seed, attn_implementation)
+    found = resolve_backbone(backbone)
+    model = _build(method, found, load_backbone(found, attn_implementation), prefix or PrefixConfig(), lora_rank, seed)
     if isinstance(model, PrefixModelForQuestionAnswering):
         model.initialise(texts, seed)
     return model.freeze_in(fast_dtype(precision))
 
 
-def _build(method: str, found: Backbone, prefix: PrefixConfig, lora_rank: int, seed: int, attention: str | None) -> SpanModel:
+def _build(method: str, found: Backbone, encoder: PreTrainedModel, prefix: PrefixConfig, lora_rank: int, seed: int) -> SpanModel:
     if method not in METHODS:
         raise InputError(f'The method "{method}" is unknown; choose one of {", ".join(METHODS)}.')
     if not isinstance(lora_rank, int) or lora_rank < 1:
         raise InputError(f"lora_rank is {lora_rank}; it must be at least 1, a whole number.")
-    return METHODS[method].build(Build(found, load_backbone(found, attention), prefix, lora_rank, seed))
+    return METHODS[method].build(Build(found, encoder, prefix, lora_rank, seed))
 
 
-def load_model(path: str | Path, *, precision: str = "auto", attn_implementation: str | None = None) -> SpanModel:
+def load_model(
+    path: str | Path, *, precision: str = "auto", attn_implementation: str | None = None, beside: SpanModel | None = None
+) -> SpanModel:
     """A trained model of any method, from a checkpoint directory, on the backbone that it names.
+
+    Args:
+        precision, attn_implementation: as in `build_model`.
+        beside: share the frozen encoder of this model, rather than load it again.
 
     Raises:
         InputError: the checkpoint is broken, or the backbone found is not the one it was trained on.
@@ -217,13 +224,14 @@ def load_model(path: str | Path, *, precision: str = "auto", attn_implementation
         prefix = PrefixConfig(**described.get("prefix", {}))
     except (KeyError, TypeError) as error:
         raise InputError(f"{path / DESCRIPTION_FILE} is not a ptv2 description ({error}): save the checkpoint again.") from error
-    backbone = resolve_backbone(name)
+    backbone = resolve_backbone(name) if beside is None else beside.source
     if backbone.sha256 != expected:
         raise InputError(
-            f"{path} was trained on a backbone with sha256 {expected[:12]}..., but {name} is {backbone.sha256[:12]}...: "
+            f"{path} was trained on a backbone with sha256 {expected[:12]}..., but {backbone.name} is {backbone.sha256[:12]}...: "
             "give the backbone it was trained on, or train again."
         )
-    model = _build(method, backbone, prefix, rank, 0, attn_implementation)
+    encoder = load_backbone(backbone, attn_implementation) if beside is None else beside.backbone
+    model = _build(method, backbone, encoder, prefix, rank, 0)
     model.load_pretrained(path)
     return model.freeze_in(fast_dtype(precision)).eval()
 

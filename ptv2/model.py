@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from ptv2.attention import (
+    LayerPrefix,
     attention_shape,
     open_to_prefix,
     prefix_for_forward,
@@ -29,6 +30,7 @@ from ptv2.prefix import PrefixConfig, PrefixEncoder
 
 DESCRIPTION_FILE = "ptv2.json"
 WEIGHTS_FILE = "model.safetensors"
+DELTA_FILE = "delta.safetensors"  # fully fine-tuned weights as a difference to the backbone
 
 
 class SpanModel(nn.Module):
@@ -81,9 +83,7 @@ class SpanModel(nn.Module):
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         hidden = self.encode(inputs)  # [B, S, E]
-        logits = self.qa_outputs(hidden.to(self.qa_outputs.weight.dtype)).float()  # [B, S, 2]
-        logits = logits.masked_fill(~attention_mask.bool()[:, :, None], torch.finfo(torch.float32).min)
-        start_logits, end_logits = logits.unbind(-1)  # [B, S] each
+        start_logits, end_logits = span_logits(self.qa_outputs(hidden.to(self.qa_outputs.weight.dtype)), attention_mask)
         loss = None
         if start_positions is not None and end_positions is not None:
             cross_entropy = nn.functional.cross_entropy
@@ -154,11 +154,22 @@ class SpanModel(nn.Module):
 
     def load_pretrained(self, path: Path) -> None:
         """Take the trained weights of a checkpoint directory into this model, built alike."""
-        self.load_trained_state(path / WEIGHTS_FILE)
+        if (path / DELTA_FILE).is_file():
+            from ptv2.delta import load_delta
+
+            load_delta(self, path)
+        else:
+            self.load_trained_state(path / WEIGHTS_FILE)
 
     def _write_description(self, path: Path, more: dict) -> None:
         text = json.dumps({**self.description(), **more}, indent=2, ensure_ascii=False)
         (path / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def span_logits(logits: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A head's output [B, S, 2] to start and end logits, float32 [B, S] each, the least float32 at padding."""
+    logits = logits.float().masked_fill(~attention_mask.bool()[:, :, None], torch.finfo(torch.float32).min)
+    return logits.unbind(-1)
 
 
 class PrefixModelForQuestionAnswering(SpanModel):
@@ -213,6 +224,9 @@ class PrefixModelForQuestionAnswering(SpanModel):
                 torch.manual_seed(seed)
                 encoder.set_normal()
             return
+        if encoder.config.init == "zero":
+            encoder.set_zero()
+            return
         if texts is None:
             from ptv2.squad import load_examples  # only this default needs data
 
@@ -234,7 +248,7 @@ class PrefixModelForQuestionAnswering(SpanModel):
         if config.shift_positions:
             inputs = {**inputs, "position_ids": shifted_position_ids(self.backbone, inputs["input_ids"], config.prefix_length)}
         prefix = self.prefix_encoder(batch_size=len(inputs["input_ids"]))  # [L, 2, H, P, D] or [L, 2, B, H, P, D]
-        with prefix_for_forward({layer: pair.unbind() for layer, pair in zip(self.prefix_encoder.layers, prefix, strict=True)}):
+        with prefix_for_forward({layer: LayerPrefix(*pair) for layer, pair in zip(self.prefix_encoder.layers, prefix, strict=True)}):
             return self.backbone(**inputs).last_hidden_state
 
     def description(self) -> dict:

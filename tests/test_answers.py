@@ -184,7 +184,7 @@ def test_predicting_leaves_the_model_in_its_mode(model, make_answerer):
     features = make_features(examples, answerer.tokenizer, WINDOWS, cache=False)
     for mode in (True, False):
         model.train(mode)
-        predict(model, examples, features, answerer.tokenizer, AnswerConfig())
+        predict(model, examples, features, answerer.tokenizer, [AnswerConfig()])
         assert model.training is mode
 
 

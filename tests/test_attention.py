@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 
-from ptv2.attention import open_to_prefix, prefix_for_forward, sample_activations, shifted_position_ids
+from ptv2.attention import LayerPrefix, open_to_prefix, prefix_for_forward, sample_activations, shifted_position_ids
 from ptv2.backbone import Backbone
 from ptv2.errors import InputError
 from ptv2.model import PrefixModelForQuestionAnswering
@@ -183,7 +183,7 @@ def test_every_layer_is_reached_once_and_shows_its_prefix_to_every_token(family)
     assert forward.calls == 3
     prefix = model.prefix_encoder().detach().requires_grad_()
     for layers in ((0,), (1,), (2,), (0, 1, 2)):
-        with prefix_for_forward({layer: prefix[layer].unbind() for layer in layers}):
+        with prefix_for_forward({layer: LayerPrefix(*prefix[layer]) for layer in layers}):
             hidden = encoder(**batch).last_hidden_state
         changed = (hidden - plain).abs().amax(-1)
         assert changed[real].min() > 1e-5, f"the prefix of layers {layers} does not reach every token"
@@ -199,7 +199,7 @@ def test_layers_with_masks_of_their_own_keep_them():
     batch = make_batch(encoder.config, (20, 13), segments=False)
     other = {**batch, "input_ids": batch["input_ids"].clone()}
     other["input_ids"][0, 19] = 4  # beyond the window of token 0
-    prefix = {layer: pair.unbind() for layer, pair in enumerate(torch.randn(3, 2, 4, P, 8))}
+    prefix = {layer: LayerPrefix(*pair) for layer, pair in enumerate(torch.randn(3, 2, 4, P, 8))}
     states = []
     for inputs in (batch, other):
         with prefix_for_forward(prefix):
@@ -223,9 +223,9 @@ def opened(path: Path):
     return encoder
 
 
-def random_prefix(seed: int, *shape: int) -> dict[int, tuple[Tensor, ...]]:
+def random_prefix(seed: int, *shape: int) -> dict[int, LayerPrefix]:
     numbers = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(seed))
-    return {layer: pair.unbind() for layer, pair in enumerate(numbers)}
+    return {layer: LayerPrefix(*pair) for layer, pair in enumerate(numbers)}
 
 
 @torch.no_grad()
@@ -279,7 +279,7 @@ def test_a_prefix_per_example_equals_one_example_at_a_time(tiny_backbone):
     with prefix_for_forward(prefix):
         together = encoder(**batch).last_hidden_state
     for i, length in enumerate(PADDED):
-        with prefix_for_forward({layer: (key[i], value[i]) for layer, (key, value) in prefix.items()}):
+        with prefix_for_forward({layer: LayerPrefix(key[i], value[i]) for layer, (key, value, _) in prefix.items()}):
             alone = encoder(**{name: part[i : i + 1, :length] for name, part in batch.items()}).last_hidden_state
         torch.testing.assert_close(together[i, :length], alone[0], **CLOSE)
 
