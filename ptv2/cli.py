@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import tomllib
 import types
 import typing
 from pathlib import Path
@@ -20,11 +21,11 @@ import ptv2
 from ptv2 import records
 from ptv2.answers import AnswerConfig, QuestionAnswerer
 from ptv2.errors import InputError
+from ptv2.evaluation import evaluation_record
 from ptv2.features import WindowConfig
 from ptv2.methods import count_parameters
-from ptv2.metrics import best_threshold, score
 from ptv2.prefix import PrefixConfig
-from ptv2.squad import Example, examples_sha256, load_examples
+from ptv2.squad import Example, load_examples
 from ptv2.training import TrainingConfig, show_progress, train
 
 
@@ -32,18 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        options.run_command(options)
+        return options.run_command(options) or 0
     except InputError as error:
         print(f"ptv2: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint" if options.run_command is _train else ""
+        goes_on = "; the same command goes on from the last checkpoint" if options.run_command in (_train, _sweep) else ""
         print(f"\nptv2: stopped{goes_on}.", file=sys.stderr)  # a progress bar may have the line before
         return 1
     except OSError as error:
         print(f"ptv2: {error}.", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command("evaluate", _evaluate, "Score a run on questions: one JSON object on stdout.")
     _add_run_and_data(added)
-    added.add_argument("--output", type=Path, help="also write the object to this file")
+    added.add_argument("--output", type=Path, help="also write the object, with the scores of every question, to this file")
 
     added = command("predict", _predict, "Write answers in the official form, {question id: text}.")
     _add_run_and_data(added)
@@ -78,6 +78,29 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command("params", _params, "Count a run's parameters: one JSON object on stdout.")
     added.add_argument("run", type=Path, help="a run's or checkpoint's directory")
+
+    added = command("sweep", _sweep, "Work on a sweep of runs, alone or beside other processes; one that was cut off goes on.")
+    added.add_argument("spec", type=Path, help="its specification (TOML; see notebooks/sweeps)")
+    added.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="in place of the specification's, such as config.max_steps=20"
+    )
+    added.add_argument("--runs", type=Path, help="folder of the runs (default runs/sweeps/NAME)")
+    added.add_argument(
+        "--storage", help="what the workers share: a file, or a database's URL as Optuna takes it (default RUNS/journal.log)"
+    )
+    added.add_argument("--limit", type=int, metavar="N", help="take up at most N runs; 0 only exports")
+    added.add_argument("--export", type=Path, metavar="FILE", help="after each run, bring this record up to date")
+    added.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE", help="records of other machines to join with it")
+
+    added = command("notebooks", _notebooks, "Run the notebook suite and write one HTML report.")
+    added.add_argument("--profile", default="quick", help="parameters: quick (default), or another in profiles.toml")
+    added.add_argument("--only", nargs="+", metavar="NN", help="only the notebooks whose names begin so, such as 03")
+    added.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    added.add_argument("--jobs", type=int, default=1, help="notebooks at once, which share the cores (default 1)")
+    added.add_argument("--output-dir", type=Path, help="the run's folder (default runs/notebooks/PROFILE)")
+    added.add_argument("--notebooks-dir", type=Path, default=Path("notebooks"), help="the suite's folder (default notebooks)")
+    added.add_argument("--record", action="store_true", help="record the values in results/notebooks/PROFILE.json")
+    added.add_argument("--store", action="store_true", help="put the outputs, cleaned, back into the suite")
 
     added = command("report", _report, "Tabulate records as Markdown on stdout, and draw them.")
     added.add_argument("records", type=Path, nargs="+", help="runs, or directories of records")
@@ -202,25 +225,13 @@ def _questions(options: argparse.Namespace) -> tuple[QuestionAnswerer, list[Exam
 
 def _evaluate(options: argparse.Namespace) -> None:
     answerer, examples, predictions = _questions(options)
-    best = {e.id: p.best.text for e, p in zip(examples, predictions, strict=True)}
-    result = score(best, examples).to_dict()
-    if any(example.is_impossible for example in examples):
-        spans = {e.id: p.best_span.text for e, p in zip(examples, predictions, strict=True)}
-        odds = {e.id: p.no_answer_odds for e, p in zip(examples, predictions, strict=True)}
-        result["best_f1"], result["best_f1_threshold"] = best_threshold(spans, examples, odds)
     words = ["ptv2", "evaluate", str(options.run), "--data", options.data]
     for name, value in _given(options).items():
         words += _words(name, value)
-    described = {"run": options.run.resolve().name, "method": answerer.model.method, "answers": dataclasses.asdict(answerer.answers)}
-    data = {"data": Path(options.data).name, "data_sha256": examples_sha256(examples)}
-    provenance = {
-        "command": shlex.join(words), "date": records.now(), "versions": records.versions(), "git_commit": records.git_commit(),
-        "machine": records.machine(),
-    }  # fmt: skip
-    record = {**described, **data, **result, **provenance}
+    record = evaluation_record(options.run, answerer, options.data, examples, predictions, shlex.join(words))
     if options.output:
         records.write_json(options.output, record)
-    _print_json(record)
+    _print_json({name: value for name, value in record.items() if name != "questions"})
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -250,6 +261,64 @@ def _params(options: argparse.Namespace) -> None:
     stored = sum(file.stat().st_size for file in options.run.glob("*.safetensors"))
     counted = count_parameters(answerer.model, stored)
     _print_json({**dataclasses.asdict(counted), "share_of_backbone": counted.share})
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from ptv2.sweeps import read_sweep
+
+    try:
+        from ptv2.workers import Worker
+    except ModuleNotFoundError as error:
+        raise InputError(f"Sweeps need the package {error.name}: install ptv2[notebooks].") from error
+    sweep = read_sweep(options.spec, dict(map(_assignment, options.set)))
+    folder = options.runs or Path("runs") / "sweeps" / sweep.name
+    worker = Worker(sweep, folder, options.storage or str(folder / "journal.log"))
+    words = ["ptv2", "sweep", str(options.spec), *(word for given in options.set for word in ("--set", given))]
+
+    def export() -> None:
+        if options.export:
+            worker.export(options.export, shlex.join([*words, "--export", str(options.export)]), tuple(options.merge))
+
+    with contextlib.redirect_stdout(sys.stderr):
+        failed = worker.work(options.limit, export)
+        export()
+    finished = len(worker.record("")["trials"])
+    _print_json({"sweep": sweep.name, "runs": len(sweep.points) * len(sweep.seeds), "finished": finished, "failed": failed})
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    """NAME=VALUE, the value in TOML's form; what is none, such as a path, is text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text}: write NAME=VALUE.")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
+
+
+def _notebooks(options: argparse.Namespace) -> int:
+    try:
+        from ptv2 import notebook_report, notebook_runner, notebooks
+    except ModuleNotFoundError as error:
+        raise InputError(f"Notebooks need the package {error.name}: install ptv2[notebooks].") from error
+    if options.jobs < 1:
+        raise InputError(f"--jobs is {options.jobs}; it must be at least 1.")
+    if options.store and (options.profile != "quick" or options.parameters):
+        raise InputError("--store keeps the outputs of the quick profile as it is; leave --profile and -p out.")
+    planned = notebooks.plan(options.notebooks_dir, options.profile, options.only, dict(options.parameters))
+    words = ["ptv2", "notebooks", "--profile", options.profile, *(word for pair in options.parameters for word in ("-p", *pair))]
+    run = options.output_dir or Path("runs") / "notebooks" / options.profile
+    outcomes = notebook_runner.run_notebooks(planned, run, options.jobs, shlex.join(words))
+    written = notebook_runner.record(planned, outcomes) if options.record else []
+    if options.store:
+        written += notebook_runner.store(planned, outcomes, run)
+    for path in written:
+        print(f"Written: {path}", file=sys.stderr)
+    report = notebook_report.write_report(run)
+    lines, status = notebook_runner.summary(outcomes)
+    print(*lines[:-1], f"Report: {report}", lines[-1], sep="\n")
+    return status
 
 
 def _report(options: argparse.Namespace) -> None:

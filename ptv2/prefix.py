@@ -30,7 +30,7 @@ class PrefixConfig:
         prefix_hidden_size: width of that network.
         prefix_dropout: probability with which a number of the prefix is zeroed in training, per example.
         init: "normal" draws from N(0, 1) as the official code does; "activations" takes the backbone's own keys and
-            values at random positions of training text.
+            values at random positions of training text; "zero" is all zero, which is no no-op: see `set_zero`.
         layers: indices of the layers that carry a prefix; None for all.
         shift_positions: number the text from P on, as `past_key_values` does in the official code and in PEFT.
 
@@ -42,7 +42,7 @@ class PrefixConfig:
     prefix_projection: bool = False
     prefix_hidden_size: int = 512
     prefix_dropout: float = 0.0
-    init: Literal["normal", "activations"] = "activations"
+    init: Literal["normal", "zero", "activations"] = "activations"
     layers: tuple[int, ...] | None = None
     shift_positions: bool = False
 
@@ -53,8 +53,8 @@ class PrefixConfig:
                 raise InputError(f"{name} is {value}; it must be at least 1, a whole number.")
         if not 0.0 <= self.prefix_dropout < 1.0:
             raise InputError(f"prefix_dropout is {self.prefix_dropout}; it must be at least 0 and below 1.")
-        if self.init not in ("normal", "activations"):
-            raise InputError(f'init is "{self.init}"; it must be "normal" or "activations".')
+        if self.init not in ("normal", "zero", "activations"):
+            raise InputError(f'init is "{self.init}"; it must be "normal", "zero" or "activations".')
         if self.layers is not None:
             layers = tuple(self.layers)
             if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
@@ -142,6 +142,22 @@ class PrefixEncoder(nn.Module):
     def set_normal(self) -> None:
         """N(0, 1) for the embedding, which is torch's own default and so the official code's."""
         nn.init.normal_(self.embedding.weight)
+
+    @torch.no_grad()
+    def set_zero(self) -> None:
+        """All keys and values zero.
+
+        This is no no-op. A zero key has the logit 0 with every query, so the P places still take the share
+        P / (P + Σ_s exp(logit_s)) of each softmax, and their zero values shrink the attention's output by it. A true
+        no-op needs logits of minus infinity: a mask, or keys far off in a direction that every query has.
+
+        Nor do the places differ: without dropout or the MLP all P get the same gradient, and stay copies of one.
+        """
+        if self.config.prefix_projection:  # the last layer's; the embedding keeps the places apart
+            nn.init.zeros_(self.transform[2].weight)
+            nn.init.zeros_(self.transform[2].bias)
+        else:
+            nn.init.zeros_(self.embedding.weight)
 
 
 def unflatten(flat: Tensor, num_layers: int, shape: AttentionShape) -> Tensor:

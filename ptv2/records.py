@@ -1,5 +1,6 @@
 """What makes a run repeatable, as the JSON that it leaves: command, versions, commit, data, seed, machine, results."""
 
+import contextlib
 import json
 import os
 import platform
@@ -67,8 +68,21 @@ def git_commit() -> str | None:
         return None
 
 
+def provenance(command: str) -> dict:
+    """Command, date, versions, commit and machine: what stands in every record."""
+    return {"command": command, "date": now(), "versions": versions(), "git_commit": git_commit(), "machine": machine()}
+
+
+def reset_peak_memory() -> None:
+    """Count the peak from here on; where the system can't (macOS, some containers), it stays that of the whole process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+
+
 def peak_memory_mib() -> float:
-    """The most memory this process has held so far, in MiB: on the GPU if it used one, else resident."""
+    """The most memory this process has held since `reset_peak_memory`, in MiB: on the GPU if it used one, else resident."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

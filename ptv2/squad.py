@@ -231,3 +231,14 @@ def hold_out(examples: list[Example], share: float, seed: int = 0) -> tuple[list
     if len(out) == len(names):
         raise InputError(f"All {len(examples)} questions would be held out, none kept; give more texts or a smaller share.")
     return [e for e in examples if group(e) not in out], [e for e in examples if group(e) in out]
+
+
+def draw_examples(examples: list[Example], count: int, seed: int) -> list[Example]:
+    """`count` questions at random, in their original order; a smaller draw with the same seed is part of a larger one.
+
+    Raises:
+        InputError: there are fewer questions.
+    """
+    if count > len(examples):
+        raise InputError(f"{count} questions were asked for, but there are {len(examples)}; take fewer, or 0 for all.")
+    return [examples[i] for i in sorted(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())]

@@ -23,7 +23,7 @@ from ptv2.methods import METHODS, build_model, count_parameters
 from ptv2.metrics import score
 from ptv2.model import SpanModel
 from ptv2.prefix import PrefixConfig
-from ptv2.squad import Example, examples_sha256, hold_out, load_examples
+from ptv2.squad import Example, draw_examples, examples_sha256, hold_out, load_examples
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -38,8 +38,10 @@ class TrainingConfig:
         method: p-tuning-v2, fine-tuning, head-only, lora, prompt-tuning or bitfit.
         backbone: directory or hub name of the pretrained encoder.
         train_data: SQuAD files, hub data sets or "embedded"; several are joined.
+        answerable_only: leave unanswerable questions out, of the held-out ones too.
         eval_data: questions on which the best checkpoint is picked; none holds out a part of the training articles.
         held_out: share of the training questions to hold out where eval_data is not given.
+        max_train_questions: train on this many of the remaining questions, drawn with the seed; 0 for all.
         epochs: passes over the training windows.
         max_steps: stop after this many optimiser steps instead; 0 for epochs.
         batch_size: windows per device and forward pass.
@@ -63,8 +65,10 @@ class TrainingConfig:
     method: str = "p-tuning-v2"
     backbone: str = DEFAULT_BACKBONE
     train_data: tuple[str, ...] = ("embedded",)
+    answerable_only: bool = False
     eval_data: str | None = None
     held_out: float = 0.05
+    max_train_questions: int = 0
     epochs: float = 3.0
     max_steps: int = 0
     batch_size: int = 8
@@ -91,7 +95,8 @@ class TrainingConfig:
         for name in ("batch_size", "gradient_accumulation", "evaluations", "lora_rank"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed"):
+        not_negative = "learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm", "max_steps", "max_train_questions", "seed"
+        for name in not_negative:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.seed >= 2**32:  # NumPy's limit
@@ -226,6 +231,7 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
             "give it those, or choose another directory."
         )
     set_seed(config.seed)
+    records.reset_peak_memory()
     texts = sorted({example.context for example in questions["train"]})
     model = build_model(
         config.method, config.backbone, config.prefix, lora_rank=config.lora_rank, texts=texts, seed=config.seed,
@@ -260,13 +266,25 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
 
 def _read_questions(config: TrainingConfig) -> dict[str, list[Example]]:
     """The questions to train on, and those held out to pick the best checkpoint."""
-    examples = [example for source in config.train_data for example in load_examples(source, "train")]
+    examples = [example for source in config.train_data for example in _load_questions(config, source, "train")]
     _refuse_shared_ids(examples, config.train_data)
     if config.eval_data is None:
         examples, dev = hold_out(examples, config.held_out)
     else:
-        dev = load_examples(config.eval_data, "dev")
+        dev = _load_questions(config, config.eval_data, "dev")
+    if config.max_train_questions:
+        examples = draw_examples(examples, config.max_train_questions, config.seed)
     return {"train": examples, "held_out": dev}
+
+
+def _load_questions(config: TrainingConfig, source: str, split: str) -> list[Example]:
+    examples = load_examples(source, split)
+    if not config.answerable_only:
+        return examples
+    answerable = [example for example in examples if not example.is_impossible]
+    if not answerable:
+        raise InputError(f"{source} holds no answerable questions, and answerable_only is on; switch it off or give others.")
+    return answerable
 
 
 def _steps_between_evaluations(config: TrainingConfig, windows: int, processes: int) -> int:

@@ -300,3 +300,34 @@ def test_a_model_of_another_method_is_not_a_prefix_model(tiny_bert, tmp_path):
     make_model(tiny_bert, "lora").save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"holds a lora model, not p-tuning-v2; load it with ptv2\.load_model"):
         PrefixModelForQuestionAnswering.from_pretrained(tmp_path)
+
+
+def test_a_zero_prefix_still_takes_its_share_of_every_softmax(tiny_bert):
+    """By hand, in the first layer: P keys with logit 0 take P / (P + Σ exp(logit)), and the values shrink by that."""
+    model, batch = make_model(tiny_bert, init="zero", prefix_length=4), make_batch(tiny_bert)
+    assert not model.prefix_encoder().any()
+    bert = model.backbone
+    one = {name: batch[name][:1, : int(batch["attention_mask"][0].sum())] for name in ("input_ids", "token_type_ids")}
+    hidden = bert.embeddings(**one)  # [1, S, E]
+    attention = bert.encoder.layer[0].attention.self
+    query, key, value = (
+        layer(hidden).view(1, hidden.shape[1], 4, 8).transpose(1, 2) for layer in (attention.query, attention.key, attention.value)
+    )
+    exponentials = (query @ key.transpose(2, 3) / 8**0.5).exp()  # [1, H, S, S]
+    text = exponentials.sum(-1, keepdim=True)
+    shrunk = (exponentials / text) @ value * (1 - 4 / (4 + text))  # [1, H, S, D]
+    seen = []
+    hook = attention.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(**one)
+    hook.remove()
+    torch.testing.assert_close(seen[0], shrunk.transpose(1, 2).flatten(2), **CLOSE)
+
+
+@pytest.mark.parametrize(("more", "alike"), [({}, True), ({"prefix_projection": True, "prefix_hidden_size": 8}, False)])
+def test_the_places_of_a_zero_prefix_stay_copies_unless_an_mlp_sets_them_apart(more, alike, tiny_bert):
+    model, batch = make_model(tiny_bert, init="zero", **more), make_batch(tiny_bert)
+    steps(model, batch, n=3)
+    prefix = model.prefix_encoder()  # [L, 2, H, P, D]
+    assert prefix.abs().amax((2, 3, 4)).min() > 1e-3  # each layer's keys and values have learned
+    assert torch.allclose(prefix, prefix[:, :, :, :1].expand_as(prefix), atol=1e-5) == alike

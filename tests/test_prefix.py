@@ -154,6 +154,15 @@ def test_the_normal_initialisation_is_standard_and_seeded():
     assert not torch.equal(numbers, draw(1))
 
 
+@pytest.mark.parametrize("projection", [False, True])
+def test_the_zero_initialisation_makes_every_number_zero_and_leaves_it_a_gradient(projection):
+    encoder = PrefixEncoder(PrefixConfig(prefix_length=P, prefix_projection=projection, init="zero"), SHAPE)
+    encoder.set_zero()
+    assert not encoder().any()
+    encoder.flat().sum().backward()
+    assert all(parameter.grad.any() for parameter in ([encoder.transform[2].weight] if projection else [encoder.embedding.weight]))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
@@ -163,7 +172,7 @@ def test_the_normal_initialisation_is_standard_and_seeded():
         ("prefix_dropout", -0.1, "prefix_dropout is -0.1; it must be at least 0 and below 1"),
         ("prefix_dropout", 1.0, "prefix_dropout is 1.0; it must be at least 0 and below 1"),
         ("prefix_dropout", float("nan"), "prefix_dropout is nan"),
-        ("init", "zeros", 'init is "zeros"; it must be "normal" or "activations"'),
+        ("init", "zeros", 'init is "zeros"; it must be "normal", "zero" or "activations"'),
         ("layers", (), r"layers is \[\]; it must be different layer indices in ascending order"),
         ("layers", (1, 1), r"layers is \[1, 1\]"),
         ("layers", (2, 1), r"layers is \[2, 1\]"),

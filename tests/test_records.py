@@ -128,3 +128,15 @@ def test_peak_memory_grows_by_what_is_allocated_and_stays():
 
 def test_the_time_is_in_utc_to_the_second():
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", records.now())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset the peak")
+def test_the_peak_memory_counts_from_its_reset():
+    before = records.peak_memory_mib()
+    large = torch.ones(64 * 2**20)  # 256 MiB
+    assert records.peak_memory_mib() > before - 1 and large.sum() > 0
+    peak = records.peak_memory_mib()
+    del large
+    records.reset_peak_memory()
+    if default_device().type == "cpu":
+        assert records.peak_memory_mib() < peak - 200

@@ -13,7 +13,7 @@ import pytest
 from conftest import DATA, QUESTION_FILES, REAL_SOURCES
 
 from ptv2.errors import InputError
-from ptv2.squad import Example, Span, examples_sha256, hold_out, load_examples
+from ptv2.squad import Example, Span, draw_examples, examples_sha256, hold_out, load_examples
 
 CONTENT = {name: json.loads((DATA / name).read_text(encoding="utf-8")) for name in ("squad_v1.json", "squad_v2.json")}
 
@@ -302,3 +302,18 @@ def test_the_split_depends_on_the_seed_alone():
 def test_a_share_outside_0_to_1_is_refused(share):
     with pytest.raises(InputError, match=r"held-out share is .*; it must be above 0 and below 1"):
         hold_out(load_examples(DATA / "squad_v1.json"), share)
+
+
+def test_a_smaller_draw_is_part_of_a_larger_one_and_keeps_the_order():
+    examples = load_examples("embedded")
+    place = {e.id: i for i, e in enumerate(examples)}
+    few, more, other = draw_examples(examples, 32, 5), draw_examples(examples, 128, 5), draw_examples(examples, 32, 6)
+    assert len(few) == 32 and len(more) == 128 and set(few) < set(more) and few != other
+    assert [place[e.id] for e in more] == sorted(place[e.id] for e in more)
+    assert len({e.title for e in few}) > 10  # from everywhere, not the first ones
+    assert draw_examples(examples, len(examples), 0) == examples
+
+
+def test_a_draw_of_more_questions_than_there_are_is_refused():
+    with pytest.raises(InputError, match="5 questions were asked for, but there are 4; take fewer, or 0 for all"):
+        draw_examples(load_examples("embedded")[:4], 5, 0)

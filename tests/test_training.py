@@ -313,6 +313,38 @@ def test_held_out_questions_share_no_article_with_the_training_ones(make_config,
     assert record["data"]["held_out"]["questions"] == pytest.approx(0.1 * len(trained + held_out), rel=0.3)
 
 
+def test_a_part_of_the_questions_leaves_those_held_out_as_they_are(make_config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "examples_sha256", lambda examples: seen.append([e.id for e in examples]) or "")
+    usual = {"train_data": ("embedded",), "eval_data": None, "max_steps": 1, "evaluations": 1}
+    for i, (count, seed) in enumerate([(0, 0), (40, 0), (40, 1)]):
+        record = run_to(make_config(max_train_questions=count, seed=seed, **usual), tmp_path / str(i))
+        assert record["data"]["train"]["questions"] == len(seen[2 * i]) == (count or len(seen[0]))
+    everything, held_out, few, same, others, also = seen
+    assert held_out == same == also
+    assert set(few) < set(everything) and set(others) < set(everything) and few != others
+
+
+@pytest.mark.parametrize("eval_data", [None, "embedded"])
+def test_unanswerable_questions_can_be_left_out(eval_data, make_config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "examples_sha256", lambda examples: seen.append(examples) or "")
+    config = make_config(train_data=("embedded",), eval_data=eval_data, answerable_only=True, max_steps=1, evaluations=1)
+    run_to(config, tmp_path / "run")
+    trained, held_out = seen
+    wanted = load_examples("embedded", "train") + (load_examples("embedded", "dev") if eval_data else [])
+    assert any(e.is_impossible for e in wanted)
+    assert sorted(e.id for e in trained + held_out) == sorted(e.id for e in wanted if not e.is_impossible)
+
+
+def test_leaving_unanswerable_questions_out_of_data_without_others_is_refused(make_config, tmp_path):
+    paragraph = {"context": "A text.", "qas": [{"id": "1", "question": "Who?", "answers": [], "is_impossible": True}]}
+    file = tmp_path / "none.json"
+    file.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [paragraph]}]}))
+    with pytest.raises(InputError, match="holds no answerable questions, and answerable_only is on"):
+        run_to(make_config(train_data=(str(file),), answerable_only=True), tmp_path / "run")
+
+
 def test_learning_rates_and_decay_reach_their_parameters(make_config, tmp_path, monkeypatch):
     found, original = {}, QATrainer.create_optimizer
 
@@ -401,7 +433,7 @@ def test_a_run_continued_on_a_machine_with_another_fast_precision_is_refused(mak
             for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm")
             for bad in (-1, float("nan"), float("inf"))
         ],
-        *[({name: -1}, f"{name} is -1; it must be 0 or more") for name in ("max_steps", "seed")],
+        *[({name: -1}, f"{name} is -1; it must be 0 or more") for name in ("max_steps", "max_train_questions", "seed")],
         ({"seed": 2**32}, "seed is 4294967296; it must be below"),
         *[({"epochs": bad}, f"epochs is {bad}; it must be above 0") for bad in (0, -1.0, float("nan"), float("inf"))],
         *[({"warmup": bad}, f"warmup is {bad}; it must be at least 0 and below 1") for bad in (-0.1, 1, float("nan"))],
