@@ -9,6 +9,7 @@ import re
 import string
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torchmetrics.functional.text import squad
@@ -16,6 +17,11 @@ from torchmetrics.functional.text import squad
 from ptv2.errors import InputError
 from ptv2.squad import Example
 
+if TYPE_CHECKING:
+    from ptv2.answers import Answer
+
+# What an answer can be, from right to wrong; see `answer_kind`.
+KINDS = ("exact", "too long", "too short", "shifted", "wrong place", "declined, has an answer", "answered, has none")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -115,6 +121,27 @@ def _torchmetrics(predictions: dict[str, str], examples: list[Example]) -> tuple
         ],
     )
     return float(result["exact_match"]), float(result["f1"])
+
+
+def answer_kind(answer: "Answer", example: Example) -> str:
+    """Which of KINDS an answer is.
+
+    "exact" is an exact match, a rightly declined question included. The next four go by the answer's place in the text: it
+    holds an accepted answer and more, lies within one, overlaps one, or touches none.
+    """
+    if question_scores(answer.text, example)[0]:
+        return "exact"
+    if example.is_impossible:
+        return "answered, has none"
+    if not answer.text:
+        return "declined, has an answer"
+    places = [(span.start, span.end) for span in example.answers]
+    if any(answer.start <= start and end <= answer.end for start, end in places):
+        return "too long"
+    if any(start <= answer.start and answer.end <= end for start, end in places):
+        return "too short"
+    overlaps = any(answer.start < end and start < answer.end for start, end in places)
+    return "shifted" if overlaps else "wrong place"
 
 
 def best_threshold(span_predictions: dict[str, str], examples: list[Example], no_answer_odds: dict[str, float]) -> tuple[float, float]:

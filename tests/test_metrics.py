@@ -10,8 +10,9 @@ import pytest
 from conftest import QUESTION_FILES, REAL_SOURCES, SHARED_FILES
 from torchmetrics.functional.text import squad
 
+from ptv2.answers import Answer
 from ptv2.errors import InputError
-from ptv2.metrics import best_threshold, bootstrap_interval, compare, normalise, question_scores, score, score_each
+from ptv2.metrics import KINDS, answer_kind, best_threshold, bootstrap_interval, compare, normalise, question_scores, score, score_each
 from ptv2.squad import Example, Span, load_examples
 
 # The official SQuAD 1.1 script on five published systems' answers: questions answered, exact match, F1.
@@ -127,6 +128,32 @@ def test_parts_that_do_not_exist_are_left_out():
     assert set(nothing.to_dict()) == {"exact_match", "f1", "n", "no_answer_exact_match"}
     assert nothing.no_answer_exact_match == nothing.f1.value == 50
     assert set(score({"1": "red"}, [example("red")]).to_dict()) == {"exact_match", "f1", "n"}
+
+
+CONTEXT = "The old keeper tends the lamp. A keeper sleeps by the lamp."
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "kind"),
+    [
+        ("keeper", ["keeper"], "exact"),
+        ("A keeper", ["keeper"], "exact"),  # after normalisation, and at another place
+        ("old keeper tends", ["keeper"], "too long"),
+        ("keeper", ["old keeper tends"], "too short"),
+        ("keeper tends", ["old keeper"], "shifted"),
+        ("lamp", ["old keeper"], "wrong place"),
+        ("tends", ["keeper"], "wrong place"),  # beside it
+        ("old keeper", ["tends", "keeper"], "too long"),  # any accepted answer
+        ("", ["keeper"], "declined, has an answer"),
+        ("", [], "exact"),
+        ("keeper", [], "answered, has none"),
+    ],
+)
+def test_kinds_of_answers(answer, accepted, kind):
+    spans = tuple(Span(text, CONTEXT.index(text)) for text in accepted)
+    start = CONTEXT.index(answer)
+    assert answer_kind(Answer(answer, start, start + len(answer), 1.0, 0.0), Example("1", "", "Who?", CONTEXT, spans)) == kind
+    assert kind in KINDS
 
 
 def test_a_missing_prediction_is_refused_with_the_question():
