@@ -322,7 +322,8 @@ def _notebooks(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from ptv2.plots import draw_comparison, put_into, read_results, results_table  # matplotlib is slow to import
+    from ptv2.plots import draw_comparison  # matplotlib is slow to import
+    from ptv2.report import put_into, read_results, results_table
 
     results = read_results(options.records)
     table = results_table(results)

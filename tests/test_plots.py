@@ -9,7 +9,8 @@ import pytest
 from matplotlib import pyplot as plt
 
 from ptv2.errors import InputError
-from ptv2.plots import COLOURS, METHODS, draw_comparison, put_into, read_results, results_table, show
+from ptv2.plots import COLOURS, METHODS, draw_comparison, show
+from ptv2.report import put_into, read_results, results_table
 
 
 def write_run(folder: Path, method: str, trained: int, f1: float | None, status: str = "finished") -> None:

@@ -7,7 +7,7 @@ from conftest import QUESTION_FILES, REPOSITORY
 
 from ptv2 import QuestionAnswerer, load_examples, score
 from ptv2.cli import main
-from ptv2.plots import CLOSING, OPENING, read_results, results_table
+from ptv2.report import CLOSING, OPENING, read_results, results_table
 from ptv2.squad import examples_sha256
 
 RESULTS = REPOSITORY / "results"

@@ -1,0 +1,119 @@
+"""What the records of runs say, as a table and a sentence; `ptv2.plots` draws them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptv2 import records
+from ptv2.errors import InputError
+from ptv2.methods import METHODS
+from ptv2.training import RUN_FILE
+
+OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A training run and, where it was evaluated, its score on other questions.
+
+    Args:
+        name: of the run's directory or record.
+        run: the content of run.json.
+        evaluation: the content of evaluation.json beside it, or None.
+    """
+
+    name: str
+    run: dict
+    evaluation: dict | None
+
+    @property
+    def method(self) -> str:
+        return self.run["config"]["method"]
+
+    @property
+    def windows_per_step(self) -> int:
+        """Of one process; runs that are compared had one."""
+        return self.run["config"]["batch_size"] * self.run["config"]["gradient_accumulation"]
+
+    @property
+    def share(self) -> float:
+        """Trained numbers, head included, in percent of the backbone's."""
+        return 100 * self.run["parameters"]["trained"] / self.run["parameters"]["backbone"]
+
+
+def read_results(paths: list[Path]) -> list[Result]:
+    """All finished runs under the given directories, by method and name.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = sorted({file for path in paths for file in path.rglob(RUN_FILE)})
+    results = []
+    for file in files:
+        run = records.read_json(file)
+        if run.get("status") != "finished":
+            continue
+        evaluation = file.with_name("evaluation.json")
+        results.append(Result(file.parent.name, run, records.read_json(evaluation) if evaluation.is_file() else None))
+    if not results:
+        raise InputError(f"No finished run lies under {', '.join(map(str, paths))}.")
+    order = list(METHODS)
+    return sorted(results, key=lambda result: (order.index(result.method), result.name))
+
+
+def results_table(results: list[Result]) -> str:
+    """A Markdown table of runs: what was trained, what it reached on which questions, and how long it took.
+
+    Where p-tuning-v2 and fine-tuning were both evaluated, a sentence sets their means over seeds side by side.
+    """
+    head = "| run | method | trained numbers | of the backbone | stored | windows seen | minutes | EM | F1 | questions |"
+    lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|---|"]
+    for result in results:
+        parameters = result.run["parameters"]
+        if result.evaluation:
+            exact, f1 = (_with_interval(result.evaluation[name]) for name in ("exact_match", "f1"))
+            questions = f"{result.evaluation['n']:,} of {result.evaluation['data']}"
+        else:
+            exact, f1 = (f"{result.run['metrics'][name]:.1f}" for name in ("held_out_exact_match", "held_out_f1"))
+            questions = f"{result.run['data']['held_out']['questions']:,} held out of training"
+        lines.append(
+            f"| {result.name} | {METHODS[result.method].title} | {parameters['trained']:,} | {result.share:.3g} % "
+            f"| {_bytes(parameters['stored_bytes'])} | {result.run['steps'] * result.windows_per_step:,} "
+            f"| {result.run['wall_seconds'] / 60:.1f} | {exact} | {f1} | {questions} |"
+        )
+    return "\n".join(lines + _against_fine_tuning(results))
+
+
+def _against_fine_tuning(results: list[Result]) -> list[str]:
+    """One sentence on how near the prefix comes, in a paragraph of its own; none if one of the two is missing."""
+    evaluated = [result for result in results if result.evaluation]
+    data = {r.evaluation["data"] for r in evaluated if r.method == "fine-tuning"}  # means over different questions would say nothing
+    prefix, full = (
+        [r.evaluation["f1"]["value"] for r in evaluated if r.method == method and data == {r.evaluation["data"]}]
+        for method in ("p-tuning-v2", "fine-tuning")
+    )
+    if not prefix or not full:
+        return []
+    mean, of = sum(prefix) / len(prefix), sum(full) / len(full)
+    seeds = f" over {len(prefix)} seeds ({min(prefix):.1f} to {max(prefix):.1f})" if len(prefix) > 1 else ""
+    return ["", f"P-tuning v2: mean F1 {mean:.1f}{seeds}, {100 * mean / of:.1f} % of full fine-tuning's {of:.1f}."]
+
+
+def put_into(file: Path, table: str) -> None:
+    """Replace what stands between <!-- results --> and <!-- /results --> of a Markdown file by a table.
+
+    Raises:
+        InputError: the file lacks these two marks.
+    """
+    before, opening, rest = file.read_text(encoding="utf-8").partition(OPENING)
+    _, closing, after = rest.partition(CLOSING)
+    if not closing:
+        raise InputError(f"{file} lacks the marks {OPENING} and {CLOSING}; put them where the table shall stand.")
+    file.write_text(f"{before}{opening}\n\n{table}\n\n{closing}{after}", encoding="utf-8")
+
+
+def _with_interval(value: dict) -> str:
+    return f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
