@@ -12,6 +12,7 @@ os.environ.update(HF_HOME=_CACHE, HF_DATASETS_CACHE=f"{_CACHE}/datasets", HF_HUB
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -102,3 +103,22 @@ def displayed(monkeypatch) -> list[tuple[dict, dict]]:
     outputs = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata=None: outputs.append((data, metadata)))
     return outputs
+
+
+@pytest.fixture
+def built():
+    """A function from a notebook's name to the namespace that its cells tagged `builds` leave, in order.
+
+    Names that they use must come from such cells, too, or be given.
+    """
+
+    def build(notebook: str, **given) -> dict:
+        cells = nbformat.read(REPOSITORY / "notebooks" / f"{notebook}.ipynb", 4).cells
+        sources = [cell.source for cell in cells if cell.cell_type == "code" and "builds" in cell.metadata.get("tags", ())]
+        assert sources, f"{notebook} has no cell tagged builds"
+        namespace = {"__name__": notebook, **given}
+        for source in sources:
+            exec(source, namespace)
+        return namespace
+
+    return build
