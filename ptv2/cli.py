@@ -21,7 +21,7 @@ import ptv2
 from ptv2 import records
 from ptv2.answers import AnswerConfig, QuestionAnswerer
 from ptv2.errors import InputError
-from ptv2.evaluation import evaluation_record
+from ptv2.evaluation import evaluation_record, published_record
 from ptv2.features import WindowConfig
 from ptv2.methods import count_parameters
 from ptv2.prefix import PrefixConfig
@@ -68,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_and_data(added)
     added.add_argument("--output", required=True, type=Path, help="file to write")
     added.add_argument("--n-best-output", type=Path, help="also write every question's n best answers to this file")
+
+    added = command("score", _score, "Score answers from elsewhere, such as a published system's: one JSON object on stdout.")
+    added.add_argument("predictions", type=Path, help="{question id: answer} as JSON or gzip, or one such object for each system")
+    added.add_argument("--data", required=True, help="the questions: SQuAD file, hub data set or embedded (its dev part)")
+    added.add_argument("--source", default="", help="where the predictions come from")
+    added.add_argument("--licence", default="", help="of the predictions")
+    added.add_argument("--output", type=Path, help="also write the object to this file")
 
     added = command("answer", _answer, "Answer one question: a JSON list, best first, on stdout.")
     added.add_argument("run", type=Path, help="a run's or checkpoint's directory")
@@ -240,6 +247,14 @@ def _predict(options: argparse.Namespace) -> None:
     if options.n_best_output:
         lists = {e.id: [dataclasses.asdict(answer) for answer in p.answers] for e, p in zip(examples, predictions, strict=True)}
         records.write_json(options.n_best_output, lists)
+
+
+def _score(options: argparse.Namespace) -> None:
+    words = ["ptv2", "score", str(options.predictions), "--data", options.data, "--source", options.source, "--licence", options.licence]
+    record = published_record(options.predictions, options.data, options.source, options.licence, shlex.join(words))
+    if options.output:
+        records.write_json(options.output, record)
+    _print_json(record)
 
 
 def _answer(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Scoring a trained run on questions, and the record that it leaves: the scores, and each question's own."""
+"""Scoring a trained run, or answers from elsewhere, and the record that it leaves: the scores, and each question's own."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +9,7 @@ from ptv2 import records
 from ptv2.answers import Prediction, QuestionAnswerer
 from ptv2.errors import InputError
 from ptv2.metrics import best_threshold, score, score_each
-from ptv2.squad import Example, examples_sha256
+from ptv2.squad import Example, examples_sha256, load_examples, read_json
 
 
 def evaluation_record(
@@ -56,3 +56,35 @@ def unpack_scores(evaluation: dict) -> tuple[np.ndarray, np.ndarray]:
     if packed is None:
         raise InputError(f"The evaluation of {evaluation.get('run')} holds no scores of single questions: run `ptv2 evaluate` again.")
     return np.array([float(digit) for digit in packed["exact_match"]]), np.array([float(part) for part in packed["f1"].split()])
+
+
+def published_record(predictions: Path, data: str, source: str, licence: str, command: str) -> dict:
+    """What systems reached whose answers are at hand.
+
+    Args:
+        predictions: a file of {system: {question id: answer}}, or of one system's {question id: answer}, plain or gzip.
+        data: the questions. Each system is scored on those that it answered.
+        source, licence: where the predictions come from, and under which licence.
+
+    Returns:
+        under `systems`, best first, each one's exact_match and f1 (value and 95 % interval, percent) and n; and the provenance.
+
+    Raises:
+        InputError: the file is of another form, or answers none of the questions.
+    """
+    content, examples = read_json(predictions), load_examples(data, "dev")
+    if isinstance(content, dict) and all(isinstance(answer, str) for answer in content.values()):
+        content = {predictions.name.partition(".")[0]: content}
+    if not isinstance(content, dict) or not all(isinstance(answers, dict) for answers in content.values()):
+        raise InputError(f"{predictions} must hold {{question id: answer}}, or one such object for each system.")
+    systems = {}
+    for name, answers in content.items():
+        answered = [example for example in examples if isinstance(answers.get(example.id), str)]
+        if not answered:
+            raise InputError(f"{predictions}: {name} answers none of the questions in {data}.")
+        systems[name] = score(answers, answered).to_dict()
+    return {
+        "predictions": predictions.name, "source": source, "licence": licence, "data": Path(data).name,
+        "data_sha256": examples_sha256(examples),
+        "systems": dict(sorted(systems.items(), key=lambda item: -item[1]["f1"]["value"])), **records.provenance(command),
+    }  # fmt: skip

@@ -73,17 +73,25 @@ def load_examples(source: str | Path, split: str = "train") -> list[Example]:
 
 
 def _read_file(path: Path) -> list[Example]:
+    return _checked(str(path), _walk(str(path), read_json(path)))
+
+
+def read_json(path: Path) -> object:
+    """The content of a .json or .json.gz file.
+
+    Raises:
+        InputError: it could not be read, or is no JSON in UTF-8.
+    """
     try:
         raw = path.read_bytes()
         text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        content = json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"))
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path} could not be read: {error}. Copy or download it again.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}. Mend it there or download it again.") from error
-    return _checked(str(path), _walk(str(path), content))
 
 
 def _read_dataset(name: str, split: str) -> list[Example]:

@@ -7,6 +7,7 @@ from conftest import QUESTION_FILES, REPOSITORY
 
 from ptv2 import QuestionAnswerer, load_examples, score
 from ptv2.cli import main
+from ptv2.evaluation import published_record
 from ptv2.report import CLOSING, OPENING, read_results, results_table
 from ptv2.squad import examples_sha256
 
@@ -58,3 +59,12 @@ def test_its_predictions_score_as_recorded(file, tmp_path):
     # Another machine adds up in another order, which can turn the odd close call among 1,190 questions.
     assert scores.f1.value == pytest.approx(recorded["f1"]["value"], abs=0.2)
     assert scores.exact_match.value == pytest.approx(recorded["exact_match"]["value"], abs=0.2)
+
+
+@pytest.mark.parametrize("file", [file for file in QUESTION_FILES if file.name.startswith("xquad_en")], ids=lambda file: file.name)
+def test_the_published_systems_score_as_recorded(file):
+    recorded = json.loads((RESULTS / "published.json").read_text())
+    again = published_record(file.with_name(recorded["predictions"]), str(file), recorded["source"], recorded["licence"], "")
+    for field in ("systems", "data", "data_sha256"):
+        assert again[field] == recorded[field]
+    assert recorded["source"] and recorded["licence"]
