@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import ptv2
-from ptv2 import records
+from ptv2 import records, serve
 from ptv2.answers import AnswerConfig, QuestionAnswerer
 from ptv2.errors import InputError
 from ptv2.evaluation import evaluation_record, published_record
@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--export", type=Path, metavar="FILE", help="after each run, bring this record up to date")
     added.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE", help="records of other machines to join with it")
 
+    added = command("demo", serve.serve, serve.DESCRIPTION)
+    serve.add_options(added)
+
     added = command("notebooks", _notebooks, "Run the notebook suite and write one HTML report.")
     added.add_argument("--profile", default="quick", help="parameters: quick (default), or another in profiles.toml")
     added.add_argument("--only", nargs="+", metavar="NN", help="only the notebooks whose names begin so, such as 03")
@@ -108,6 +111,16 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--notebooks-dir", type=Path, default=Path("notebooks"), help="the suite's folder (default notebooks)")
     added.add_argument("--record", action="store_true", help="record the values in results/notebooks/PROFILE.json")
     added.add_argument("--store", action="store_true", help="put the outputs, cleaned, back into the suite")
+
+    added = command("export", _export, "Write a run of full fine-tuning as an 8-bit difference to its backbone: a small checkpoint.")
+    added.add_argument("run", type=Path, help="a run's or checkpoint's directory")
+    added.add_argument("--delta", action="store_true", required=True, help="as a difference, which is the one form there is")
+    added.add_argument("--output", required=True, type=Path, help="directory to write")
+    added.add_argument(
+        "--texts", nargs="+", default=["embedded"], metavar="NAME",
+        help="questions like those that will be asked, to know frequent words by; as for --data (default embedded)",
+    )  # fmt: skip
+    added.add_argument("--word-rows", type=int, default=1024, help="rows of the word embeddings to keep (default 1024)")
 
     added = command("report", _report, "Tabulate records as Markdown on stdout, and draw them.")
     added.add_argument("records", type=Path, nargs="+", help="runs, or directories of records")
@@ -276,6 +289,16 @@ def _params(options: argparse.Namespace) -> None:
     stored = sum(file.stat().st_size for file in options.run.glob("*.safetensors"))
     counted = count_parameters(answerer.model, stored)
     _print_json({**dataclasses.asdict(counted), "share_of_backbone": counted.share})
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ptv2.delta import export_delta
+
+    examples = [example for source in options.texts for example in load_examples(source)]
+    texts = sorted({text for example in examples for text in (example.context, example.question)})
+    words = ["ptv2", "export", str(options.run), "--delta", "--output", str(options.output), "--texts", *options.texts]
+    command = shlex.join([*words, "--word-rows", str(options.word_rows)])
+    _print_json(export_delta(options.run, options.output, texts, options.word_rows, command))
 
 
 def _sweep(options: argparse.Namespace) -> None:

@@ -30,6 +30,11 @@ class Result:
         return self.run["config"]["method"]
 
     @property
+    def is_export(self) -> bool:
+        """Another form of a run that has a record of its own (`ptv2 export`)."""
+        return "export" in self.run
+
+    @property
     def windows_per_step(self) -> int:
         """Of one process; runs that are compared had one."""
         return self.run["config"]["batch_size"] * self.run["config"]["gradient_accumulation"]
@@ -53,7 +58,8 @@ def read_results(paths: list[Path]) -> list[Result]:
         if run.get("status") != "finished":
             continue
         evaluation = file.with_name("evaluation.json")
-        results.append(Result(file.parent.name, run, records.read_json(evaluation) if evaluation.is_file() else None))
+        name = f"{run['export']['of']}, 8-bit difference" if "export" in run else file.parent.name
+        results.append(Result(name, run, records.read_json(evaluation) if evaluation.is_file() else None))
     if not results:
         raise InputError(f"No finished run lies under {', '.join(map(str, paths))}.")
     order = list(METHODS)
@@ -85,7 +91,7 @@ def results_table(results: list[Result]) -> str:
 
 def _against_fine_tuning(results: list[Result]) -> list[str]:
     """One sentence on how near the prefix comes, in a paragraph of its own; none if one of the two is missing."""
-    evaluated = [result for result in results if result.evaluation]
+    evaluated = [result for result in results if result.evaluation and not result.is_export]
     data = {r.evaluation["data"] for r in evaluated if r.method == "fine-tuning"}  # means over different questions would say nothing
     prefix, full = (
         [r.evaluation["f1"]["value"] for r in evaluated if r.method == method and data == {r.evaluation["data"]}]
