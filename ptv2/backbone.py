@@ -147,7 +147,8 @@ def default_device() -> torch.device:
 
 
 def fast_dtype(precision: str) -> torch.dtype:
-    """The dtype for frozen weights and for autocast: "fp32", "bf16", or "auto" for bf16 where the device builds it in.
+    """The dtype for frozen weights and for autocast: "fp32", "bf16", "int8" (see `ptv2.int8`), or "auto" for bf16 where the
+    device builds it in.
 
     On a CPU without bf16 instructions bf16 products run about five times slower than fp32 ones, so "auto" asks.
     """
@@ -155,8 +156,10 @@ def fast_dtype(precision: str) -> torch.dtype:
         return torch.float32
     if precision == "bf16":
         return torch.bfloat16
+    if precision == "int8":
+        return torch.int8
     if precision != "auto":
-        raise InputError(f'precision is "{precision}"; it must be "auto", "fp32" or "bf16".')
+        raise InputError(f'precision is "{precision}"; it must be "auto", "fp32", "bf16" or "int8".')
     if default_device().type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capabilities = torch.cpu.get_capabilities()

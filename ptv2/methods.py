@@ -183,7 +183,7 @@ def build_model(
         lora_rank: of lora.
         texts: training text for init="activations"; the embedded corpus if None.
         seed: of everything drawn at the start.
-        precision: dtype of the frozen weights: "auto", "fp32" or "bf16".
+        precision: dtype of the frozen weights: "auto", "fp32", "bf16" or "int8".
         attn_implementation: "sdpa", "eager", ...; None takes the fastest one.
 
     Raises:
@@ -282,5 +282,7 @@ def count_parameters(model: SpanModel, stored_bytes: int = 0) -> ParameterCount:
     head = _size(model.qa_outputs.parameters())
     backbone = _size(plain.parameters())
     formula = METHODS[model.method].count(Build(model.source, plain, prefix, rank, 0))
-    trained = sum(model.get_parameter(name).numel() for name in model.trained_names)
-    return ParameterCount(model.method, trained, head, formula, backbone, _size(model.parameters()), stored_bytes)
+    own = {f"backbone.{name}" for name, _ in plain.named_parameters()}
+    trained = {name: model.get_parameter(name).numel() for name in model.trained_names}
+    total = backbone + sum(count for name, count in trained.items() if name not in own)
+    return ParameterCount(model.method, sum(trained.values()), head, formula, backbone, total, stored_bytes)

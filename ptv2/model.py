@@ -132,7 +132,16 @@ class SpanModel(nn.Module):
                 parameter.copy_(state[name])
 
     def freeze_in(self, dtype: torch.dtype) -> "SpanModel":
-        """Keep a wholly frozen backbone's weights in `dtype`; trained ones stay float32, and so do all that run beside them."""
+        """Keep a wholly frozen backbone's weights in `dtype`; trained ones stay float32, and so do all that run beside them.
+
+        Raises:
+            InputError: int8 does not go with this method or machine.
+        """
+        if dtype == torch.int8:
+            from ptv2.int8 import freeze_in_int8  # torch's compiler takes a second to import
+
+            freeze_in_int8(self.backbone)
+            return self
         if self.trains_backbone:
             return self
         for module in self.backbone.modules():
@@ -204,7 +213,7 @@ class PrefixModelForQuestionAnswering(SpanModel):
             config: of the prefix; PrefixConfig() if None.
             texts: training text for init="activations"; the embedded corpus if None.
             seed: of the head and the prefix.
-            precision: dtype of the frozen weights: "auto", "fp32" or "bf16".
+            precision: dtype of the frozen weights: "auto", "fp32", "bf16" or "int8".
             attn_implementation: "sdpa", "eager", ...; None takes the fastest one.
 
         Raises:

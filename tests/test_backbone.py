@@ -243,7 +243,7 @@ def test_loading_prints_nothing_and_leaves_transformers_as_it_was(copy, capfd, l
 def test_fast_dtype_knows_three_words():
     assert fast_dtype("fp32") == torch.float32
     assert fast_dtype("bf16") == torch.bfloat16
-    with pytest.raises(InputError, match='precision is "fp16"; it must be "auto", "fp32" or "bf16"'):
+    with pytest.raises(InputError, match='precision is "fp16"; it must be "auto", "fp32", "bf16" or "int8"'):
         fast_dtype("fp16")
 
 

@@ -172,7 +172,7 @@ def test_lora_without_known_targets_is_refused(tmp_path):
     [
         ({"method": "p-tuning-v3"}, 'The method "p-tuning-v3" is unknown; choose one of p-tuning-v2, fine-tuning, head-only'),
         ({"method": "lora", "lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
-        ({"method": "lora", "precision": "fp8"}, 'precision is "fp8"; it must be "auto", "fp32" or "bf16"'),
+        ({"method": "lora", "precision": "fp8"}, 'precision is "fp8"; it must be "auto", "fp32", "bf16" or "int8"'),
         ({"method": "p-tuning-v2", "prefix": PrefixConfig(layers=(2,))}, "layers names layer 2; the backbone has layers 0 to 1"),
     ],
 )
