@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from ptv2 import records
 from ptv2.methods import METHODS
+from ptv2.metrics import Interval
 from ptv2.report import Result
 
 # Okabe and Ito's palette, distinguishable with every common colour vision (https://jfly.uni-koeln.de/color/).
@@ -74,18 +76,106 @@ def draw_prefix_attention(shares: np.ndarray) -> Figure:
     N, H = shares.shape
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(figsize=(1.8 + 0.46 * H, 1.2 + 0.42 * N), layout="constrained")
-        drawn = axes.imshow(100 * shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        _draw_shares(axes, shares)
         for layer, head in np.ndindex(N, H):
             axes.text(
                 head, layer, f"{100 * shares[layer, head]:.0f}", ha="center", va="center", fontsize=9,
                 color="white" if shares[layer, head] < 0.5 else "black",
             )  # fmt: skip
         axes.set_xticks(range(H), range(1, H + 1))
-        axes.set_yticks(range(N), range(1, N + 1))
         axes.set_xlabel("head")
-        axes.set_ylabel("layer, from the text up")
-        axes.spines[:].set_visible(False)
-        figure.colorbar(drawn, label="attention to the prefix, %")
+    return figure
+
+
+def draw_prefix_attention_along_text(shares: np.ndarray, tokens: Sequence[str]) -> Figure:
+    """Heat map of the share of its attention that each token gives to the prefix.
+
+    Args:
+        shares: 0 to 1, float [N, tokens].
+    """
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(10, 1.9 + 0.28 * len(shares)), layout="constrained")
+        _draw_shares(axes, shares)
+        axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7.5, family="monospace")
+        axes.tick_params(axis="x", length=0)
+    return figure
+
+
+def _draw_shares(axes, shares: np.ndarray) -> None:
+    drawn = axes.imshow(100 * shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    axes.set_yticks(range(len(shares)), range(1, len(shares) + 1))
+    axes.set_ylabel("layer, from the text up")
+    axes.spines[:].set_visible(False)
+    axes.figure.colorbar(drawn, label="attention to\nthe prefix, %", pad=0.015)
+
+
+def draw_training(run: Result, recorded: list[Result], untrained_f1: float) -> Figure:
+    """Two panels: a run's loss, and its F1 on held-out questions, in front of recorded runs.
+
+    Args:
+        recorded: drawn in grey; windows run on a log axis, for these may be much longer.
+        untrained_f1: before the first step, in percent.
+    """
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+        _draw_log(left, "loss", run, recorded)
+        _draw_log(right, "eval_f1", run, recorded)
+        for axes, x, side in ((left, 0.98, "right"), (right, 0.02, "left")):  # the corners that curves of learning leave empty
+            axes.text(x, 0.97, "this run", color=COLOURS[run.method], transform=axes.transAxes, ha=side, va="top")
+            axes.text(x, 0.90, "recorded runs" if recorded else "", color="#666666", transform=axes.transAxes, ha=side, va="top")
+        left.set_ylabel("loss on training windows, nats")
+        right.set_ylabel("F1 on the run's own held-out questions, %")
+        right.axhline(untrained_f1, color=COLOURS[run.method], linewidth=1, linestyle=":")
+        right.annotate(
+            "untrained", (1, untrained_f1), xycoords=("axes fraction", "data"), xytext=(0, -3), textcoords="offset points",
+            color=COLOURS[run.method], ha="right", va="top",
+        )  # fmt: skip
+    return figure
+
+
+def _draw_log(axes, name: str, run: Result, recorded: list[Result]) -> None:
+    """What training logged under a name, against windows seen."""
+    for result in [*recorded, run]:
+        log = [entry for entry in result.run["log_history"] if name in entry]
+        windows = [entry["step"] * result.windows_per_step for entry in log]
+        values = [entry[name] for entry in log]
+        if result is run:
+            axes.plot(windows, values, color=COLOURS[run.method], linewidth=2, marker="o", markersize=4, zorder=3)
+        else:
+            axes.plot(windows, values, color="#a6a6a6", linewidth=0.9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("windows trained on (log scale)")
+    axes.margins(y=0.14)
+
+
+def draw_rows(rows: Sequence[str], series: dict[str, Sequence[float | Interval]], xlabel: str) -> Figure:
+    """One row a name, the first on top: a bar for a plain number, a dot with its interval for an `Interval`.
+
+    Args:
+        series: at most four, whose values stand side by side in each row; their names stand on top, each in its colour.
+    """
+    colours = [COLOURS[method] for method in ("p-tuning-v2", "fine-tuning", "head-only", "lora")]
+    height = 0.8 / len(series)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 1.1 + len(rows) * (0.2 + 0.2 * len(series))), layout="constrained")
+        for index, (name, values) in enumerate(series.items()):
+            colour, places = colours[index], np.arange(len(rows)) + (index - (len(series) - 1) / 2) * height
+            if isinstance(values[0], Interval):
+                centre, low, high = np.array([(each.value, each.low, each.high) for each in values]).T
+                axes.errorbar(centre, places, xerr=(centre - low, high - centre), fmt="o", color=colour, capsize=3, label=name)
+            else:
+                bars = axes.barh(places, values, height=0.9 * height, color=colour, label=name)
+                axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=9, color=colour)
+        axes.axvline(0, color="#333333", linewidth=1)
+        axes.set_axisbelow(True)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(xlabel)
+        if len(series) > 1:
+            figure.legend(loc="outside upper left", ncols=len(series), frameon=False, labelcolor="linecolor")
     return figure
 
 

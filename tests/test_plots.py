@@ -5,11 +5,22 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
 from ptv2.errors import InputError
-from ptv2.plots import COLOURS, METHODS, draw_comparison, show
+from ptv2.metrics import Interval
+from ptv2.plots import (
+    COLOURS,
+    METHODS,
+    draw_comparison,
+    draw_prefix_attention,
+    draw_prefix_attention_along_text,
+    draw_rows,
+    draw_training,
+    show,
+)
 from ptv2.report import put_into, read_results, results_table
 
 
@@ -121,3 +132,47 @@ def test_a_figure_is_shown_once_and_kept_beside_its_data(tmp_path, displayed, ke
     assert (output_dir / "a_line.png").read_bytes() == picture
     assert json.loads((output_dir / "a_line.json").read_text()) == {"y": [1, 2]}
     assert "<svg" in (output_dir / "a_line.svg").read_text()
+
+
+def texts(figure) -> list[str]:
+    """All that stands written in a figure."""
+    return [text.get_text() for text in figure.findobj(plt.Text) if text.get_text() and text.get_visible()]
+
+
+def test_heat_maps_show_every_share(request):
+    shares = np.random.default_rng(0).random((3, 4))
+    tokens = ["who", "keeps", "the", "light"]
+    for figure in (draw_prefix_attention(shares), draw_prefix_attention_along_text(shares, tokens)):
+        request.addfinalizer(lambda figure=figure: plt.close(figure))
+        (image,) = figure.axes[0].images
+        assert np.allclose(image.get_array(), 100 * shares) and image.get_clim() == (0, 100)
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == tokens
+    written = [text.get_text() for text in draw_prefix_attention(shares).axes[0].texts]
+    assert written == [f"{100 * share:.0f}" for share in shares.flat]
+
+
+def test_training_is_drawn_against_windows_with_the_recorded_runs_behind(folder, request):
+    full, *others = (result for result in read_results([folder]) if result.name in ("full", "prefix-0", "prefix-1"))
+    figure = draw_training(full, others, 3.5)
+    request.addfinalizer(lambda: plt.close(figure))
+    loss, f1 = figure.axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[160, 3.0]]] * 3
+    *curves, untrained = f1.lines
+    assert [line.get_xydata().tolist() for line in curves] == [[[160, 20.0], [320, 42.25]]] * 3
+    assert curves[-1].get_color() == COLOURS[full.method] and set(untrained.get_ydata()) == {3.5}
+    assert {"this run", "recorded runs", "untrained"} <= set(texts(figure))
+
+
+def test_rows_are_bars_for_numbers_and_dots_for_intervals(request):
+    bars = draw_rows(["a", "b"], {"one": [3, 4], "two": [30, 1]}, "questions")
+    dots = draw_rows(["a", "b"], {"one": [Interval(-1, -4, 2), Interval(5, 1, 8)]}, "points")
+    request.addfinalizer(lambda: [plt.close(figure) for figure in (bars, dots)])
+    assert [patch.get_width() for patch in bars.axes[0].patches] == [3, 4, 30, 1]
+    assert {"3", "4", "30", "1", "one", "two", "questions"} <= set(texts(bars))
+    (container,) = dots.axes[0].containers
+    assert container.lines[0].get_xydata().tolist() == [[-1, 0], [5, 1]]
+    assert [segment[:, 0].tolist() for segment in container.lines[2][0].get_segments()] == [[-4, 2], [1, 8]]
+    assert "one" not in texts(dots)  # one series needs no name
+    for figure in (bars, dots):
+        low, high = figure.axes[0].get_ylim()
+        assert low > high  # the first row on top
