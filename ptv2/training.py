@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -53,7 +55,7 @@ class TrainingConfig:
         max_grad_norm: to which the gradient is clipped; 0 for no clipping.
         evaluations: how often per run the held-out questions are answered and a checkpoint is kept.
         seed: of initialisation, order and dropout.
-        precision: "fp32", "bf16" or "auto" (bf16 where the machine has it built in).
+        precision: "fp32", "bf16", "int8" or "auto" (bf16 where the machine has it built in, or else fp32).
         lora_rank: of lora.
         prefix: the prefix of p-tuning-v2; prefix_length also counts prompt-tuning's vectors.
         windows: how texts are cut.
@@ -256,6 +258,8 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
         model, config, answerer, questions["held_out"], args=arguments, train_dataset=features.select_columns(columns),
         eval_dataset=questions["held_out"], data_collator=partial(collate, tokenizer=tokenizer), callbacks=[callback],
     )  # fmt: skip
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook, a table among the outputs; a bar on stderr everywhere
+    trainer.add_callback(ProgressCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(run / CHECKPOINTS))
     trainer.accelerator.wait_for_everyone()  # all have loaded the best checkpoint before it is deleted
     if arguments.process_index == 0:
