@@ -1,5 +1,6 @@
 """What the records of runs say, as a table and a sentence; `ptv2.plots` draws them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,14 +77,14 @@ def results_table(results: list[Result]) -> str:
     for result in results:
         parameters = result.run["parameters"]
         if result.evaluation:
-            exact, f1 = (_with_interval(result.evaluation[name]) for name in ("exact_match", "f1"))
+            exact, f1 = (with_interval(result.evaluation[name]) for name in ("exact_match", "f1"))
             questions = f"{result.evaluation['n']:,} of {result.evaluation['data']}"
         else:
             exact, f1 = (f"{result.run['metrics'][name]:.1f}" for name in ("held_out_exact_match", "held_out_f1"))
             questions = f"{result.run['data']['held_out']['questions']:,} held out of training"
         lines.append(
             f"| {result.name} | {METHODS[result.method].title} | {parameters['trained']:,} | {result.share:.3g} % "
-            f"| {_bytes(parameters['stored_bytes'])} | {result.run['steps'] * result.windows_per_step:,} "
+            f"| {bytes_text(parameters['stored_bytes'])} | {result.run['steps'] * result.windows_per_step:,} "
             f"| {result.run['wall_seconds'] / 60:.1f} | {exact} | {f1} | {questions} |"
         )
     return "\n".join(lines + _against_fine_tuning(results))
@@ -104,6 +105,12 @@ def _against_fine_tuning(results: list[Result]) -> list[str]:
     return ["", f"P-tuning v2: mean F1 {mean:.1f}{seeds}, {100 * mean / of:.1f} % of full fine-tuning's {of:.1f}."]
 
 
+def markdown_table(head: list[str], rows: Iterable[list]) -> str:
+    """A Markdown table; the first column is aligned to the left, the others, which hold numbers, to the right."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def put_into(file: Path, table: str) -> None:
     """Replace what stands between <!-- results --> and <!-- /results --> of a Markdown file by a table.
 
@@ -117,9 +124,11 @@ def put_into(file: Path, table: str) -> None:
     file.write_text(f"{before}{opening}\n\n{table}\n\n{closing}{after}", encoding="utf-8")
 
 
-def _with_interval(value: dict) -> str:
+def with_interval(value: dict) -> str:
+    """ "54.0 [51.6, 56.2]" of {"value", "low", "high"}."""
     return f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """ "90.3 MB" or "593 kB"."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"

@@ -165,6 +165,25 @@ class Worker:
         return trial_result(record, _evaluation(run, self.sweep.evaluation) if self.sweep.evaluation else None)
 
 
+def finish(sweep: Sweep, folder: str | Path, storage: str = "") -> dict:
+    """Work on a sweep until all of it is finished, and return its record; log lines go to stderr, as the commands' do.
+
+    Args:
+        folder: of the runs.
+        storage: what the workers share; "" for a journal file in the folder.
+
+    Raises:
+        RuntimeError: runs failed.
+    """
+    folder = Path(folder)
+    worker = Worker(sweep, folder, storage or str(folder / "journal.log"))
+    with contextlib.redirect_stdout(sys.stderr):
+        failed = worker.work()
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs of {sweep.name} failed: {failed}")
+    return worker.record("")
+
+
 def _evaluation(run: Path, data: str) -> dict:
     """The run's score on `data`, as `ptv2 evaluate` writes it; one that is there is taken."""
     file = run / "evaluation.json"

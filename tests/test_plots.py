@@ -21,7 +21,7 @@ from ptv2.plots import (
     draw_training,
     show,
 )
-from ptv2.report import put_into, read_results, results_table
+from ptv2.report import markdown_table, put_into, read_results, results_table
 
 
 def write_run(folder: Path, method: str, trained: int, f1: float | None, status: str = "finished") -> None:
@@ -73,6 +73,10 @@ def test_the_table_sets_the_mean_over_seeds_against_fine_tuning(folder):
     assert results_table(read_results([folder])).endswith(
         "P-tuning v2: mean F1 61.0 over 2 seeds (60.0 to 62.0), 92.4 % of full fine-tuning's 66.0."
     )
+
+
+def test_a_table_of_numbers_is_markdown():
+    assert markdown_table(["method", "F1"], [["LoRA", 1.5], ["head", 2]]) == "| method | F1 |\n| --- | --: |\n| LoRA | 1.5 |\n| head | 2 |"
 
 
 def test_a_prefix_scored_on_other_questions_stays_out_of_the_mean(folder):

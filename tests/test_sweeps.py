@@ -17,7 +17,7 @@ from ptv2 import cli, records, workers
 from ptv2.errors import InputError
 from ptv2.sweeps import differences, make_config, merge_records, read_sweep, read_sweep_record
 from ptv2.training import RUN_FILE, TrainingConfig
-from ptv2.workers import Worker
+from ptv2.workers import Worker, finish
 
 SPECS = sorted((REPOSITORY / "notebooks" / "sweeps").glob("*.toml"))
 QUESTIONS = str(DATA / "squad_v1.json")
@@ -191,6 +191,18 @@ def test_a_failed_run_leaves_the_others_going_and_is_tried_again_by_the_next_cal
     monkeypatch.setattr(workers, "train", whole)
     assert worker(spec).work() == {}
     assert sorted(finished(spec)) == sorted(ORDER) and len(trained) == 8
+
+
+def test_a_finished_sweep_gives_its_record_and_a_failed_run_is_no_result(spec, trained, tmp_path, monkeypatch):
+    record = finish(read_sweep(spec), tmp_path / "runs")
+    assert [f"{trial['point']}, {trial['seed']}" for trial in record["trials"]] == ORDER
+
+    def fail(config, run, command):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(workers, "train", fail)
+    with pytest.raises(RuntimeError, match=r"8 runs of grid failed: .*MemoryError: no room"):
+        finish(read_sweep(spec), tmp_path / "others")
 
 
 def test_bad_data_ends_the_work_at_once(spec, trained, monkeypatch):

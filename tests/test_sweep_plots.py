@@ -1,0 +1,109 @@
+"""Figures of sweeps: what is drawn is what the record says, also where it holds little."""
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from ptv2.report import Result
+from ptv2.sweep_plots import draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_tradeoff, trial_f1
+
+
+def trial(point: str, changes: dict, seed: int, f1: float, evaluated: bool = True, questions: int = 700) -> dict:
+    interval = {"value": f1, "low": f1 - 2, "high": f1 + 3}
+    return {
+        "point": point, "changes": changes, "seed": seed, "held_out": {"exact_match": f1 / 2, "f1": f1}, "windows_seen": 2000,
+        "evaluation": {"data": "xquad_en_v1.1.json.gz", "n": 10, "exact_match": interval, "f1": interval} if evaluated else None,
+        "train_questions": questions, "curve": [[1000, f1 / 2], [2000, f1]], "parameters": {"trained": 10, "backbone": 1000},
+    }  # fmt: skip
+
+
+def record(trials: list[dict]) -> dict:
+    return {"config": {"train_data": ["../data/squadshifts_new_wiki_v1.0.json.gz"]}, "trials": trials}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def lines(axes) -> list[tuple[list, list]]:
+    """The lines that join something, markers aside."""
+    joined = [line for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata()) > 1]
+    return [(list(map(float, line.get_xdata())), list(map(float, line.get_ydata()))) for line in joined]
+
+
+LENGTHS = [trial(f"prefix_length={P}", {"prefix.prefix_length": P}, seed, 10 + P + seed) for seed in (0, 1) for P in (16, 1, 4)]
+
+
+def test_a_line_joins_the_means_over_seeds_and_each_run_is_a_dot():
+    (axes,) = draw_length([record(LENGTHS)]).axes
+    assert lines(axes) == [([1, 4, 16], [11.5, 14.5, 26.5])]
+    dots = axes.containers[0].lines[0]
+    assert sorted(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == [(P, 10 + P + s) for P in (1, 4, 16) for s in (0, 1)]
+    assert axes.get_title(loc="left") == "2,000 windows of new_wiki\n2 seeds a point"
+    assert axes.get_ylabel() == "F1 on xquad_en, %" and axes.get_ylim()[0] == 0
+
+
+def test_without_an_evaluation_the_held_out_questions_count_and_have_no_interval():
+    few = [trial("prefix_length=2", {"prefix.prefix_length": 2}, 0, 7.0, evaluated=False)]
+    full, small = draw_length([record(LENGTHS), record(few)]).axes
+    assert (full.get_ylabel(), small.get_ylabel()) == ("F1 on xquad_en, %", "F1 on held-out questions, %")
+    assert trial_f1(few[0]).low == trial_f1(few[0]).value == trial_f1(few[0]).high == 7.0
+    assert small.get_title(loc="left").endswith("1 seed a point")
+
+
+def test_the_depth_figure_sorts_runs_into_first_last_and_alone():
+    def one(name, layers, f1):
+        return trial(name, {"prefix.layers": layers} if layers else {}, 0, f1)
+
+    runs = [
+        one("all", None, 30),
+        one("first 2", [0, 1], 10),
+        one("last 2", [1, 2], 20),
+        one("a", [0], 5),
+        one("b", [1], 6),
+        one("c", [2], 8),
+    ]
+    above, below = draw_depth([record(runs)], num_layers=3).axes
+    assert lines(above) == [([1, 2, 3], [5, 10, 30]), ([1, 2, 3], [8, 20, 30])]
+    assert lines(below) == [([0, 1, 2], [5, 6, 8])]
+    assert {text.get_text() for text in above.texts} == {"first k", "last k"}
+
+
+def test_points_have_a_row_each_in_the_order_of_the_record():
+    runs = [trial(name, {}, seed, f1 + seed) for seed in (0, 1) for name, f1 in (("embedding", 30), ("MLP", 20))]
+    (axes,) = draw_points([record(runs)]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["embedding", "MLP"]
+    assert lines(axes) == [([30.5, 30.5], [-0.3, 0.3]), ([20.5, 20.5], [0.7, 1.3])]
+    assert axes.yaxis_inverted() or axes.get_ylim()[0] > axes.get_ylim()[1]
+
+
+def test_initialisations_are_drawn_by_questions_and_along_the_training():
+    runs = [
+        trial(f"{n} {init}", {"prefix.init": init, "max_train_questions": n}, 0, f1 + n / 100, questions=n or 700)
+        for n in (0, 32) for init, f1 in (("zero", 5), ("normal", 10))
+    ]  # fmt: skip
+    (axes,) = draw_few_shot([record(runs)]).axes
+    assert lines(axes) == [([32, 700], [10.32, 10]), ([32, 700], [5.32, 5])]
+    (axes,) = draw_how_soon([record(runs)]).axes
+    assert lines(axes) == [([1000, 2000], [5, 10]), ([1000, 2000], [2.5, 5])]  # of the runs on all questions
+    assert [text.get_text() for text in axes.texts] == ["zero", "normal"]  # from below
+
+
+def test_the_trade_off_has_runs_filled_small_runs_hollow_and_published_systems_as_lines():
+    run = {
+        "config": {"method": "fine-tuning", "batch_size": 8, "gradient_accumulation": 1}, "steps": 100,
+        "parameters": {"trained": 1000, "backbone": 1000},
+    }  # fmt: skip
+    full = Result("full", run, {"f1": {"value": 66.0, "low": 64.0, "high": 68.0}})
+    small = record([trial(f"method={method}", {"method": method}, 0, f1) for method, f1 in (("lora", 20), ("fine-tuning", 30))])
+    systems = {name: {"f1": {"value": f1}} for name, f1 in (("BERT (Google)", 86.0), ("r-net (MSR)", 85.0), ("Baseline (SU)", 46.0))}
+    (axes,) = draw_tradeoff([full], small, {"data": "xquad_en_v1.1.json.gz", "systems": systems}).axes
+    faces = {(container.lines[0].get_xdata()[0], container.lines[0].get_markerfacecolor()) for container in axes.containers}
+    assert faces == {(1.0, "white"), (100.0, "#D55E00")}
+    dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert sorted(dashed) == [46.0, 85.0, 86.0]
+    assert {"LoRA", "full fine-tuning", "Baseline", "r-net, BERT"} == {text.get_text() for text in axes.texts}
+    assert np.log10(axes.get_xlim()[1]) > 2 and axes.get_ylim() == (0, 100)
+    draw_tradeoff([full], None, {"data": "xquad_en_v1.1.json.gz", "systems": systems})  # without the small runs
