@@ -40,7 +40,7 @@ lint: env
 
 # The tables and the figure of the two READMEs, from the records alone.
 report: env
-	$(BIN)/ptv2 report results/runs --figure results/comparison.svg --into README.md
+	$(BIN)/ptv2 report results/runs results/checkpoints --figure results/comparison.svg --into README.md
 	$(BIN)/ptv2 report results/pilots --into results/README.md
 
 clean:

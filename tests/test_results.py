@@ -15,11 +15,11 @@ RESULTS = REPOSITORY / "results"
 CHECKPOINT = RESULTS / "checkpoints" / "p-tuning-v2"
 
 
-@pytest.mark.parametrize(("page", "folder"), [("README.md", "runs"), ("results/README.md", "pilots")])
-def test_the_tables_are_those_of_the_records(page, folder):
+@pytest.mark.parametrize(("page", "folders"), [("README.md", ["runs", "checkpoints"]), ("results/README.md", ["pilots"])])
+def test_the_tables_are_those_of_the_records(page, folders):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     table = text.partition(OPENING)[2].partition(CLOSING)[0].strip()
-    assert table == results_table(read_results([RESULTS / folder]))
+    assert table == results_table(read_results([RESULTS / folder for folder in folders]))
 
 
 def test_three_seeds_of_the_prefix_and_both_baselines_are_recorded():
