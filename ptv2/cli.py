@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import ptv2
 from ptv2 import records, serve
 from ptv2.answers import AnswerConfig, QuestionAnswerer
+from ptv2.bench import command as bench
 from ptv2.errors import InputError
 from ptv2.evaluation import evaluation_record, published_record
 from ptv2.features import WindowConfig
@@ -32,6 +33,7 @@ from ptv2.training import TrainingConfig, show_progress, train
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     options = _parser().parse_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else arguments  # as they were given, for records
     try:
         return options.run_command(options) or 0
     except InputError as error:
@@ -98,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--limit", type=int, metavar="N", help="take up at most N runs; 0 only exports")
     added.add_argument("--export", type=Path, metavar="FILE", help="after each run, bring this record up to date")
     added.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE", help="records of other machines to join with it")
+
+    added = command("bench", _bench, bench.DESCRIPTION)
+    bench.add_options(added)
 
     added = command("demo", serve.serve, serve.DESCRIPTION)
     serve.add_options(added)
@@ -299,6 +304,12 @@ def _export(options: argparse.Namespace) -> None:
     words = ["ptv2", "export", str(options.run), "--delta", "--output", str(options.output), "--texts", *options.texts]
     command = shlex.join([*words, "--word-rows", str(options.word_rows)])
     _print_json(export_delta(options.run, options.output, texts, options.word_rows, command))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    with contextlib.redirect_stdout(sys.stderr):
+        record = bench.bench(options, shlex.join(["ptv2", *options.words]))
+    _print_json(record)
 
 
 def _sweep(options: argparse.Namespace) -> None:

@@ -67,6 +67,15 @@ def show(figure, name: str, data: object, output_dir: str | Path) -> None:
     display(shown, raw=True, metadata={"image/png": {"width": width, "alt": name.replace("_", " ")}})
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG and PNG, beside each other under this name; it is closed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        for suffix in (".svg", ".png"):
+            figure.savefig(path.with_suffix(suffix), metadata={"Date": None} if suffix == ".svg" else None)
+    plt.close(figure)
+
+
 def draw_prefix_attention(shares: np.ndarray) -> Figure:
     """Heat map of the share of attention that goes to the prefix.
 
@@ -190,10 +199,7 @@ def draw_comparison(results: list[Result], path: Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
         _draw_f1_against_size(left, [result for result in results if result.evaluation])
         _draw_learning_curves(right, results)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".svg", ".png"):
-            figure.savefig(path.with_suffix(suffix), metadata={"Date": None} if suffix == ".svg" else None)
-        plt.close(figure)
+    save(figure, path)
 
 
 def _draw_f1_against_size(axes, results: list[Result]) -> None:

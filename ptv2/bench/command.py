@@ -1,0 +1,90 @@
+"""The command `ptv2 bench`: options, tables on stderr, one JSON object on stdout, a plot where one is wanted."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from ptv2 import records
+from ptv2.backbone import DEFAULT_BACKBONE, fast_dtype
+from ptv2.errors import InputError
+
+DESCRIPTION = "Measure speed and memory beside the peers, in turn: one JSON object on stdout, a table on stderr."
+KINDS = {
+    "train": "training steps on real batches, and the share of the machine's limit that ours reaches",
+    "answer": "answering in batches and one by one, with one prefix and with many mixed",
+    "scale": "time and memory against prefix length, text length, batch size and data",
+    "accuracy": "F1 on held-out articles against minutes, each method with its own defaults",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `ptv2 bench` takes."""
+    parser.add_argument("kind", choices=KINDS, help="; ".join(f"{kind}: {text}" for kind, text in KINDS.items()))
+    parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help=f"directory or hub name (default {DEFAULT_BACKBONE})")
+    parser.add_argument("--data", default="embedded", help="SQuAD file, hub data set or embedded (default)")
+    parser.add_argument("--batch-size", type=int, help="windows per step (default 32)")
+    parser.add_argument("--batches", type=int, help="steps per round, from short texts to long ones (default 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
+    parser.add_argument("--prefix-length", type=int, default=16, help="default 16")
+    parser.add_argument("--threads", type=int, default=0, help="default one for each core")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of accuracy: training time of each method (default 15)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of train: only these contenders")
+    parser.add_argument("--quick", action="store_true", help="small batches, and only dtypes that the machine has built in: under 90 s")
+    parser.add_argument("--output", type=Path, help="also write the object to this file")
+    parser.add_argument("--plot", type=Path, help="draw it here (SVG and PNG)")
+
+
+def bench(options: argparse.Namespace, command: str) -> dict:
+    """Run the benchmark that was asked for; the table goes to stderr."""
+    from ptv2.bench import tables
+    from ptv2.bench.train import Setting
+
+    names = {field.name for field in dataclasses.fields(Setting)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    setting = Setting(**({"batch_size": 4, "batches": 1} if options.quick else {}) | given)
+    record = _run(options, setting, command)
+    print(tables.table(record), file=sys.stderr)
+    if options.output:
+        records.write_json(options.output, record)
+    if options.plot:
+        tables.draw(record, options.plot)
+    return record
+
+
+def _run(options: argparse.Namespace, setting, command: str) -> dict:
+    # PEFT and the models are imported only for what is asked.
+    if options.kind == "train":
+        from ptv2.bench.train import bench_train
+
+        return bench_train(setting, _chosen(options), command)
+    if options.kind == "answer":
+        from ptv2.bench.answer import bench_answer
+
+        return bench_answer(setting, command)
+    if options.kind == "scale":
+        from ptv2.bench.scale import GRIDS, bench_scale
+
+        grids = {name: (values[0], values[len(values) // 2]) for name, values in GRIDS.items()} if options.quick else GRIDS
+        return bench_scale(setting, grids, command)
+    from ptv2.bench.accuracy import bench_accuracy
+
+    return bench_accuracy(setting, 0.05 if options.quick else options.minutes, command)
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    """The contenders of train: those that were named, or all that the time and the machine allow."""
+    from ptv2.bench.contenders import TRAINING
+
+    names = [contender.name for contender in TRAINING]
+    unknown = set(options.only or ()) - set(names)
+    if unknown:
+        raise InputError(f"--only names {sorted(unknown)[0]}; choose from {', '.join(names)}.")
+    if options.only:
+        return [name for name in names if name in options.only]
+    slow_bf16 = fast_dtype("auto") != torch.bfloat16  # it would take most of the time, and show only that it is missing
+    left_out = {name for name in names if options.quick and slow_bf16 and name.endswith("bf16")}
+    left_out |= {"ptv2-int8"} if torch.cuda.is_available() else set()
+    return [name for name in names if name not in left_out]

@@ -1,0 +1,175 @@
+"""What a benchmark found, for people: Markdown tables, and plots, from its record alone."""
+
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ptv2.plots import STYLE, save
+
+OURS, PEER, FULL = "#0072B2", "#737373", "#D55E00"  # Okabe and Ito's
+
+
+def kind(record: dict) -> str:
+    """Which benchmark wrote a record."""
+    return next(
+        name for name, key in (("train", "limits"), ("scale", "curves"), ("accuracy", "sooner"), ("answer", "windows")) if key in record
+    )
+
+
+def table(record: dict) -> str:
+    """The record as Markdown."""
+    return {"train": _train_table, "answer": _answer_table, "scale": _scale_table, "accuracy": _accuracy_table}[kind(record)](record)
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _spread(values: dict[str, float], digits: int = 1) -> str:
+    return f"{values['median']:.{digits}f} [{values['min']:.{digits}f}, {values['max']:.{digits}f}]"
+
+
+def _train_table(record: dict) -> str:
+    ours = list(record["ratios"])
+    titles = {name: method["title"] for name, method in record["methods"].items()}
+    head = ["training", "examples/s", "tokens/s", "memory, MiB", *(f"{titles[name]} is so many times as fast" for name in ours)]
+    rows = [
+        [
+            method["title"],
+            _spread(method["examples_per_second"]),
+            f"{method['tokens_per_second']['median']:,.0f}",
+            f"{method['memory_mib']:,.0f}",
+            *("" if other == name else _spread(record["ratios"][name][other], 2) for name in ours),
+        ]
+        for other, method in record["methods"].items()
+    ]
+    limits = [
+        [
+            titles[name],
+            f"{limit['product_rate']['median'] / 1e9:,.0f}",
+            f"{100 * limit['share']['median']:.0f} % [{100 * limit['share']['min']:.0f}, {100 * limit['share']['max']:.0f}]",
+            ", ".join(f"{group} {100 * share:.0f} %" for group, share in limit["profile"].items() if share >= 0.01),
+        ]
+        for name, limit in record["limits"].items()
+    ]
+    second = _rows(["", "matrix products, GFLOP/s", "share of the limit reached", "where the step's time goes"], limits)
+    return f"{_rows(head, rows)}\n\n{second}"
+
+
+def _answer_table(record: dict) -> str:
+    head = ["answering", "windows/s", "of the plain backbone", "one question, ms: p50", "p95", "memory, MiB"]
+    rows = [
+        [
+            method["title"],
+            _spread(method["windows_per_second"]),
+            _spread(method["of_plain"], 2),
+            f"{method['latency_ms']['p50']:.1f}",
+            f"{method['latency_ms']['p95']:.1f}",
+            f"{method['memory_mib']:,.0f}",
+        ]
+        for method in record["methods"].values()
+    ]
+    return _rows(head, rows)
+
+
+def _scale_table(record: dict) -> str:
+    tables = []
+    for quantity, points in record["curves"].items():
+        rows = [[f"{p['value']:,}", p["name"], _spread(p["seconds"], 3), f"{p['memory_mib']:,.0f}"] for p in points]
+        tables.append(_rows([quantity, "", "seconds", "memory, MiB"], rows))
+    return "\n\n".join(tables)
+
+
+def _accuracy_table(record: dict) -> str:
+    head = ["method", "minutes", "windows", "F1 at the end", "so many times sooner at PEFT's last F1"]
+    rows = []
+    for name, method in record["methods"].items():
+        last, times = method["curve"][-1], record["sooner"].get(name)
+        ratio = "" if name == "peft" else "never" if times is None else f"{times:.1f}"
+        rows.append([method["title"], f"{last['minutes']:.1f}", f"{last['windows']:,.0f}", f"{last['f1']:.1f}", ratio])
+    return _rows(head, rows)
+
+
+def draw(record: dict, path: Path) -> None:
+    """The record as a figure, SVG and PNG beside each other under this name."""
+    drawers = {"train": draw_train, "answer": draw_answer, "scale": draw_scale, "accuracy": draw_accuracy}
+    save(drawers[kind(record)](record), path)
+
+
+def _colour(name: str) -> str:
+    return OURS if name.startswith("ptv2") else FULL if name.startswith("full") else PEER
+
+
+def draw_train(record: dict) -> Figure:
+    """Examples per second of every contender, with the range over the rounds."""
+    methods = {name: (m["title"], m["examples_per_second"]) for name, m in record["methods"].items()}
+    return _bars(methods, "training examples per second (bar: median, line: range of the rounds)")
+
+
+def draw_answer(record: dict) -> Figure:
+    """Windows per second of every contender, with the range over the rounds."""
+    methods = {name: (m["title"], m["windows_per_second"]) for name, m in record["methods"].items()}
+    return _bars(methods, "windows answered per second (bar: median, line: range of the rounds)")
+
+
+def _bars(methods: dict[str, tuple[str, dict]], label: str) -> Figure:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.42 * len(methods)), layout="constrained")
+        longest = max(values["max"] for _, values in methods.values())
+        for place, (name, (_, values)) in enumerate(methods.items()):
+            axes.barh(place, values["median"], color=_colour(name), height=0.66)
+            axes.plot([values["min"], values["max"]], [place, place], color="black", linewidth=1.2)
+            axes.text(values["max"] + 0.012 * longest, place, f"{values['median']:.1f}", va="center")
+        axes.set_yticks(range(len(methods)), [title for title, _ in methods.values()])
+        axes.set_xlim(0, 1.1 * longest)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(label)
+    return figure
+
+
+def draw_scale(record: dict) -> Figure:
+    """Time above, memory below, one column for each quantity."""
+    curves = record["curves"]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(2, len(curves), figsize=(3.3 * len(curves), 5.6), layout="constrained", squeeze=False)
+        for (quantity, points), (upper, lower) in zip(curves.items(), panels.T, strict=True):
+            for name in dict.fromkeys(point["name"] for point in points):
+                mine = [point for point in points if point["name"] == name]
+                values = [point["value"] for point in mine]
+                colour = _colour("ptv2" if name == "data" else name)
+                upper.plot(values, [point["seconds"]["median"] for point in mine], marker="o", markersize=4, color=colour)
+                spans = [[point["seconds"][end] for point in mine] for end in ("min", "max")]
+                upper.fill_between(values, *spans, color=colour, alpha=0.2, linewidth=0)
+                lower.plot(values, [point["memory_mib"] for point in mine], marker="o", markersize=4, color=colour)
+            upper.set_title("one pass over the data" if quantity == "questions" else "one training step", fontsize=10, loc="left")
+            for axes in (upper, lower):
+                axes.set_ylim(bottom=0)
+                axes.set_xlim(left=0)
+            lower.set_xlabel(quantity)
+        panels[0, 0].set_ylabel("seconds")
+        panels[1, 0].set_ylabel("memory, MiB")
+        for text, colour, y in (("ptv2", OURS, 0.95), ("full fine-tuning", FULL, 0.85)):
+            panels[0, 0].text(0.04, y, text, color=colour, transform=panels[0, 0].transAxes, va="top")
+    return figure
+
+
+def draw_accuracy(record: dict) -> Figure:
+    """F1 on held-out articles against minutes of training."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+        for name, method in record["methods"].items():
+            minutes = [0.0, *(point["minutes"] for point in method["curve"])]
+            f1 = [None, *(point["f1"] for point in method["curve"])]
+            dashes = "--" if name.endswith("int8") else "-"
+            axes.plot(minutes[1:], f1[1:], marker="o", markersize=4, color=_colour(name), linestyle=dashes)
+            axes.annotate(
+                method["title"], (minutes[-1], f1[-1]), xytext=(6, 0), textcoords="offset points", color=_colour(name), va="center"
+            )
+        axes.set_xlim(0, 1.32 * max(m["curve"][-1]["minutes"] for m in record["methods"].values()))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("minutes of training, each method alone on the same cores in turn")
+        axes.set_ylabel("F1 on held-out training articles, %")
+    return figure
