@@ -7,6 +7,7 @@ from pathlib import Path
 from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.methods import METHODS
+from ptv2.sweeps import f1_by_point
 from ptv2.training import RUN_FILE
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
@@ -109,6 +110,23 @@ def markdown_table(head: list[str], rows: Iterable[list]) -> str:
     """A Markdown table; the first column is aligned to the left, the others, which hold numbers, to the right."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def sweep_table(record: dict) -> str:
+    """A Markdown table of a sweep's points in the order of the record: what was trained, and F1 over seeds."""
+    rows = []
+    for point, runs in f1_by_point(record).items():
+        values = [run.value for run in runs]
+        first = next(trial for trial in record["trials"] if trial["point"] == point)
+        shown = (
+            f"{min(values):.1f} to {max(values):.1f}"
+            if len(runs) > 1
+            else ""
+            if runs[0].low == runs[0].high
+            else with_interval(vars(runs[0]))
+        )
+        rows.append([point, f"{first['parameters']['trained']:,}", len(runs), f"{sum(values) / len(values):.1f}", shown])
+    return markdown_table(["point", "trained numbers", "seeds", "mean F1, %", "over seeds, or 95 % interval"], rows)
 
 
 def put_into(file: Path, table: str) -> None:

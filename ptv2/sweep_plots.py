@@ -17,24 +17,10 @@ from ptv2.methods import METHODS
 from ptv2.metrics import Interval
 from ptv2.plots import COLOURS, STYLE
 from ptv2.report import Result
+from ptv2.sweeps import f1_by_point, trial_f1
 
 INK = "#333333"
 INIT_COLOURS = {"activations": "#0072B2", "normal": "#D55E00", "zero": "#009E73"}  # of Okabe and Ito's palette
-
-
-def trial_f1(trial: dict) -> Interval:
-    """A run's F1 in percent: on the evaluation's questions if it has one, else on the held-out ones, without an interval."""
-    if trial["evaluation"]:
-        return Interval(**trial["evaluation"]["f1"])
-    return Interval(*[trial["held_out"]["f1"]] * 3)
-
-
-def f1_by_point(record: dict) -> dict[str, list[Interval]]:
-    """F1 of each point's runs, in the record's order."""
-    points: dict[str, list[Interval]] = {}
-    for trial in record["trials"]:
-        points.setdefault(trial["point"], []).append(trial_f1(trial))
-    return points
 
 
 def draw_length(records: list[dict]) -> Figure:
@@ -145,11 +131,7 @@ def draw_tradeoff(results: list[Result], small: dict | None, published: dict) ->
         for method, share, f1, hollow in _dots(results, small):
             _draw_runs(axes, [share], [f1.value], [f1], COLOURS[method], hollow=hollow)
             tops[method] = share, max(f1.high, tops.get(method, (share, 0))[1])
-        for method, top in tops.items():
-            axes.annotate(
-                METHODS[method].title, top, xytext=(0, 5), textcoords="offset points", color=COLOURS[method], va="bottom", ha="center",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )  # fmt: skip
+        _label_tops(axes, tops)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.margins(x=0.1)
@@ -160,6 +142,20 @@ def draw_tradeoff(results: list[Result], small: dict | None, published: dict) ->
         kinds = [f"● {_windows(results)} windows"] + ([f"○ {_windows_seen(small)} windows"] if small else [])
         axes.set_title("    ".join([*kinds, "- - published systems"]), fontsize=10, loc="left")
     return figure
+
+
+def _label_tops(axes: Axes, tops: dict[str, tuple[float, float]]) -> None:
+    """Name each method above its highest dot; where two names would meet, the right one goes higher."""
+    placed: list[tuple[float, float]] = []
+    for method, (share, top) in sorted(tops.items(), key=lambda item: item[1]):
+        height = top + 1
+        while any(abs(np.log10(share / other)) < 0.7 and abs(height - taken) < 5 for other, taken in placed):
+            height += 1
+        placed.append((share, height))
+        axes.annotate(
+            METHODS[method].title, (share, height), color=COLOURS[method], va="bottom", ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
 
 
 def _dots(results: list[Result], small: dict | None) -> Iterator[tuple[str, float, Interval, bool]]:

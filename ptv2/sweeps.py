@@ -26,6 +26,7 @@ from pathlib import Path
 from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.features import WindowConfig
+from ptv2.metrics import Interval
 from ptv2.prefix import PrefixConfig
 from ptv2.training import TrainingConfig
 
@@ -252,3 +253,18 @@ def read_sweep_record(file: str | Path) -> dict:
     if not isinstance(record.get("trials"), list):
         raise InputError(f"{file} is no record of a sweep.")
     return record
+
+
+def trial_f1(trial: dict) -> Interval:
+    """A run's F1 in percent: on the evaluation's questions if it has one, else on the held-out ones, without an interval."""
+    if trial["evaluation"]:
+        return Interval(**trial["evaluation"]["f1"])
+    return Interval(*[trial["held_out"]["f1"]] * 3)
+
+
+def f1_by_point(record: dict) -> dict[str, list[Interval]]:
+    """F1 of each point's runs, in the record's order."""
+    points: dict[str, list[Interval]] = {}
+    for trial in record["trials"]:
+        points.setdefault(trial["point"], []).append(trial_f1(trial))
+    return points

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from ptv2.report import Result
-from ptv2.sweep_plots import draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_tradeoff, trial_f1
+from ptv2.report import Result, sweep_table
+from ptv2.sweep_plots import draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_tradeoff
+from ptv2.sweeps import trial_f1
 
 
 def trial(point: str, changes: dict, seed: int, f1: float, evaluated: bool = True, questions: int = 700) -> dict:
@@ -107,3 +108,15 @@ def test_the_trade_off_has_runs_filled_small_runs_hollow_and_published_systems_a
     assert {"LoRA", "full fine-tuning", "Baseline", "r-net, BERT"} == {text.get_text() for text in axes.texts}
     assert np.log10(axes.get_xlim()[1]) > 2 and axes.get_ylim() == (0, 100)
     draw_tradeoff([full], None, {"data": "xquad_en_v1.1.json.gz", "systems": systems})  # without the small runs
+
+
+def test_the_table_has_means_and_what_is_known_of_their_spread():
+    runs = [
+        trial("twice", {}, 0, 10.0),
+        trial("once", {}, 0, 20.0),
+        trial("twice", {}, 1, 13.0),
+        trial("held out", {}, 0, 5.0, evaluated=False),
+    ]
+    assert sweep_table(record(runs)).splitlines()[2:] == [
+        "| twice | 10 | 2 | 11.5 | 10.0 to 13.0 |", "| once | 10 | 1 | 20.0 | 20.0 [18.0, 23.0] |", "| held out | 10 | 1 | 5.0 |  |",
+    ]  # fmt: skip
