@@ -47,10 +47,9 @@ def prepare(name: str, setting: Setting, batches: list[Batch]) -> Answers:
     }
 
 
-def bench_answer(setting: Setting, command: str) -> dict:
-    """Run the contenders of `contenders.ANSWERING` and return the record."""
+def bench_answer(setting: Setting, names: list[str], command: str) -> dict:
+    """Run the contenders, of `contenders.ANSWERING` and "plain" among them, and return the record."""
     batches = real_batches(setting)
-    names = [contender.name for contender in contenders.ANSWERING]
     windows = sum(len(batch["input_ids"]) for batch in batches)
     running = start(names, prepare, setting, batches)
     took: dict[str, list[float]] = {name: [] for name in names}

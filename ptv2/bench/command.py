@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefix-length", type=int, default=16, help="default 16")
     parser.add_argument("--threads", type=int, default=0, help="default one for each core")
     parser.add_argument("--minutes", type=float, default=15.0, help="of accuracy: training time of each method (default 15)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of train: only these contenders")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of train and answer: only these contenders")
     parser.add_argument("--quick", action="store_true", help="small batches, and only dtypes that the machine has built in: under 90 s")
     parser.add_argument("--output", type=Path, help="also write the object to this file")
     parser.add_argument("--plot", type=Path, help="draw it here (SVG and PNG)")
@@ -42,6 +42,12 @@ def bench(options: argparse.Namespace, command: str) -> dict:
     from ptv2.bench import tables
     from ptv2.bench.train import Setting
 
+    for name, least in (("batch_size", 1), ("batches", 1), ("rounds", 1), ("prefix_length", 1), ("threads", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
+    if not options.minutes > 0:
+        raise InputError(f"--minutes is {options.minutes}; it must be above 0.")
     names = {field.name for field in dataclasses.fields(Setting)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     setting = Setting(**({"batch_size": 4, "batches": 1} if options.quick else {}) | given)
@@ -63,7 +69,7 @@ def _run(options: argparse.Namespace, setting, command: str) -> dict:
     if options.kind == "answer":
         from ptv2.bench.answer import bench_answer
 
-        return bench_answer(setting, command)
+        return bench_answer(setting, _chosen(options), command)
     if options.kind == "scale":
         from ptv2.bench.scale import GRIDS, bench_scale
 
@@ -75,15 +81,15 @@ def _run(options: argparse.Namespace, setting, command: str) -> dict:
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:
-    """The contenders of train: those that were named, or all that the time and the machine allow."""
-    from ptv2.bench.contenders import TRAINING
+    """The contenders that were named, or all that the time and the machine allow."""
+    from ptv2.bench.contenders import ANSWERING, TRAINING
 
-    names = [contender.name for contender in TRAINING]
+    names = [contender.name for contender in (TRAINING if options.kind == "train" else ANSWERING)]
     unknown = set(options.only or ()) - set(names)
     if unknown:
         raise InputError(f"--only names {sorted(unknown)[0]}; choose from {', '.join(names)}.")
     if options.only:
-        return [name for name in names if name in options.only]
+        return [name for name in names if name in options.only or name == "plain"]  # answering is measured against it
     slow_bf16 = fast_dtype("auto") != torch.bfloat16  # it would take most of the time, and show only that it is missing
     left_out = {name for name in names if options.quick and slow_bf16 and name.endswith("bf16")}
     left_out |= {"ptv2-int8"} if torch.cuda.is_available() else set()
