@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run lab env test lint report clean
+.PHONY: run lab env test lint bench report clean
 
 # The notebook suite on the embedded questions, two at once; at the end it prints where its report lies.
 run: env
@@ -33,10 +33,17 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The tables and the figure of the two READMEs, from the records alone.
+# Speed and memory beside the peers, about half an hour; BENCH_OPTIONS=--quick for a first look.
+BENCH_OPTIONS ?=
+bench: env
+	for kind in train answer scale leads; do \
+	  $(BIN)/ptv2 bench $$kind $(BENCH_OPTIONS) --output runs/bench/$$kind.json --plot runs/bench/$$kind > /dev/null || exit 1; done
+
+# The tables and the figures of the READMEs and of results/speed.md, from the records alone.
 report: env
 	$(BIN)/ptv2 report results/runs results/checkpoints --figure results/comparison.svg --into README.md
 	$(BIN)/ptv2 report results/pilots --into results/README.md
+	$(BIN)/ptv2 bench report --into README.md results/speed.md
 
 clean:
 	rm -rf $(VENV) runs

@@ -309,7 +309,8 @@ def _export(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         record = bench.bench(options, shlex.join(["ptv2", *options.words]))
-    _print_json(record)
+    if record is not None:
+        _print_json(record)
 
 
 def _sweep(options: argparse.Namespace) -> None:

@@ -129,17 +129,17 @@ def sweep_table(record: dict) -> str:
     return markdown_table(["point", "trained numbers", "seeds", "mean F1, %", "over seeds, or 95 % interval"], rows)
 
 
-def put_into(file: Path, table: str) -> None:
-    """Replace what stands between <!-- results --> and <!-- /results --> of a Markdown file by a table.
+def put_into(file: Path, table: str, opening: str = OPENING, closing: str = CLOSING) -> None:
+    """Replace what stands between two marks of a Markdown file by a table.
 
     Raises:
         InputError: the file lacks these two marks.
     """
-    before, opening, rest = file.read_text(encoding="utf-8").partition(OPENING)
-    _, closing, after = rest.partition(CLOSING)
-    if not closing:
-        raise InputError(f"{file} lacks the marks {OPENING} and {CLOSING}; put them where the table shall stand.")
-    file.write_text(f"{before}{opening}\n\n{table}\n\n{closing}{after}", encoding="utf-8")
+    before, found, rest = file.read_text(encoding="utf-8").partition(opening)
+    _, end, after = rest.partition(closing)
+    if not end:
+        raise InputError(f"{file} lacks the marks {opening} and {closing}; put them where the table shall stand.")
+    file.write_text(f"{before}{found}\n\n{table}\n\n{end}{after}", encoding="utf-8")
 
 
 def with_interval(value: dict) -> str:

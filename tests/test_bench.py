@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptv2.bench import accuracy, answer, contenders, roofline, scale, tables, train
+from ptv2.bench import accuracy, answer, contenders, leads, roofline, scale, tables, train
 from ptv2.bench.rounds import Process, spread
 from ptv2.cli import main
 from ptv2.methods import build_model
@@ -149,6 +149,14 @@ def test_accuracy_gives_every_method_the_same_time(setting, tmp_path, monkeypatc
         assert 0.005 <= first["minutes"] < 0.01 <= last["minutes"]
         assert 0 < first["windows"] < last["windows"] and 0 <= last["f1"] <= 100
     assert_readable(record, tmp_path, "PEFT prefix tuning", "full fine-tuning")
+
+
+def test_every_lead_computes_what_is_done_now():
+    generator = torch.Generator().manual_seed(0)
+    text = [torch.randn(2, 3, 7, 8, generator=generator) for _ in range(3)]
+    prefix = tuple(torch.randn(3, 4, 8, generator=generator) for _ in range(2))
+    for attend in leads.ATTENTION.values():
+        torch.testing.assert_close(attend(*text, prefix), leads.fused(*text, prefix))
 
 
 def curve(*points: tuple[float, float]) -> dict:

@@ -16,13 +16,17 @@ KINDS = {
     "train": "training steps on real batches, and the share of the machine's limit that ours reaches",
     "answer": "answering in batches and one by one, with one prefix and with many mixed",
     "scale": "time and memory against prefix length, text length, batch size and data",
+    "leads": "ways to make a step faster that were tried, against what is done",
     "accuracy": "F1 on held-out articles against minutes, each method with its own defaults",
+    "report": "no measurement: draw recorded ones, and put their tables into Markdown files",
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `ptv2 bench` takes."""
     parser.add_argument("kind", choices=KINDS, help="; ".join(f"{kind}: {text}" for kind, text in KINDS.items()))
+    parser.add_argument("--records", type=Path, default=Path("results/speed"), help="of report: their folder (default results/speed)")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="of report: Markdown files that have places for the tables")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help=f"directory or hub name (default {DEFAULT_BACKBONE})")
     parser.add_argument("--data", default="embedded", help="SQuAD file, hub data set or embedded (default)")
     parser.add_argument("--batch-size", type=int, help="windows per step (default 32)")
@@ -37,11 +41,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, help="draw it here (SVG and PNG)")
 
 
-def bench(options: argparse.Namespace, command: str) -> dict:
-    """Run the benchmark that was asked for; the table goes to stderr."""
+def bench(options: argparse.Namespace, command: str) -> dict | None:
+    """Run the benchmark that was asked for and return its record, if there is one; the table goes to stderr."""
     from ptv2.bench import tables
     from ptv2.bench.train import Setting
 
+    if options.kind == "report":
+        tables.report(options.records, options.into)
+        return None
     for name, least in (("batch_size", 1), ("batches", 1), ("rounds", 1), ("prefix_length", 1), ("threads", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -75,6 +82,10 @@ def _run(options: argparse.Namespace, setting, command: str) -> dict:
 
         grids = {name: (values[0], values[len(values) // 2]) for name, values in GRIDS.items()} if options.quick else GRIDS
         return bench_scale(setting, grids, command)
+    if options.kind == "leads":
+        from ptv2.bench.leads import bench_leads
+
+        return bench_leads(setting, command)
     from ptv2.bench.accuracy import bench_accuracy
 
     return bench_accuracy(setting, 0.05 if options.quick else options.minutes, command)

@@ -5,26 +5,16 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from ptv2 import records
 from ptv2.plots import STYLE, save
+from ptv2.report import markdown_table, put_into
 
 OURS, PEER, FULL = "#0072B2", "#737373", "#D55E00"  # Okabe and Ito's
 
 
-def kind(record: dict) -> str:
-    """Which benchmark wrote a record."""
-    return next(
-        name for name, key in (("train", "limits"), ("scale", "curves"), ("accuracy", "sooner"), ("answer", "windows")) if key in record
-    )
-
-
 def table(record: dict) -> str:
     """The record as Markdown."""
-    return {"train": _train_table, "answer": _answer_table, "scale": _scale_table, "accuracy": _accuracy_table}[kind(record)](record)
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _FORMS[kind(record)][0](record)
 
 
 def _spread(values: dict[str, float], digits: int = 1) -> str:
@@ -54,8 +44,8 @@ def _train_table(record: dict) -> str:
         ]
         for name, limit in record["limits"].items()
     ]
-    second = _rows(["", "matrix products, GFLOP/s", "share of the limit reached", "where the step's time goes"], limits)
-    return f"{_rows(head, rows)}\n\n{second}"
+    second = markdown_table(["", "matrix products, GFLOP/s", "share of the limit reached", "where the step's time goes"], limits)
+    return f"{markdown_table(head, rows)}\n\n{second}"
 
 
 def _answer_table(record: dict) -> str:
@@ -71,14 +61,14 @@ def _answer_table(record: dict) -> str:
         ]
         for method in record["methods"].values()
     ]
-    return _rows(head, rows)
+    return markdown_table(head, rows)
 
 
 def _scale_table(record: dict) -> str:
     tables = []
     for quantity, points in record["curves"].items():
         rows = [[f"{p['value']:,}", p["name"], _spread(p["seconds"], 3), f"{p['memory_mib']:,.0f}"] for p in points]
-        tables.append(_rows([quantity, "", "seconds", "memory, MiB"], rows))
+        tables.append(markdown_table([quantity, "", "seconds", "memory, MiB"], rows))
     return "\n\n".join(tables)
 
 
@@ -89,13 +79,17 @@ def _accuracy_table(record: dict) -> str:
         last, times = method["curve"][-1], record["sooner"].get(name)
         ratio = "" if name == "peft" else "never" if times is None else f"{times:.1f}"
         rows.append([method["title"], f"{last['minutes']:.1f}", f"{last['windows']:,.0f}", f"{last['f1']:.1f}", ratio])
-    return _rows(head, rows)
+    return markdown_table(head, rows)
 
 
-def draw(record: dict, path: Path) -> None:
-    """The record as a figure, SVG and PNG beside each other under this name."""
-    drawers = {"train": draw_train, "answer": draw_answer, "scale": draw_scale, "accuracy": draw_accuracy}
-    save(drawers[kind(record)](record), path)
+def _leads_table(record: dict) -> str:
+    rows = [[lead["lead"], lead["at"], _spread(lead["times_as_fast"], 2)] for lead in record["leads"]]
+    tables = markdown_table(["lead", "at", "times as fast as now"], rows)
+    step, batch = record["step_seconds"]["median"], record["batch_seconds"]["median"]
+    return (
+        f"{tables}\n\nCompiling the encoder took {record['compilation_seconds']:.0f} s. Padding is {100 * record['padding']:.1f} % of the "
+        f"tokens in an epoch's batches. Making a batch takes {1000 * batch:.1f} ms, {100 * batch / step:.1f} % of a step."
+    )
 
 
 def _colour(name: str) -> str:
@@ -114,18 +108,19 @@ def draw_answer(record: dict) -> Figure:
     return _bars(methods, "windows answered per second (bar: median, line: range of the rounds)")
 
 
-def _bars(methods: dict[str, tuple[str, dict]], label: str) -> Figure:
+def _bars(methods: dict[str, tuple[str, dict]], label: str, digits: int = 1) -> Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.42 * len(methods)), layout="constrained")
         longest = max(values["max"] for _, values in methods.values())
         for place, (name, (_, values)) in enumerate(methods.items()):
             axes.barh(place, values["median"], color=_colour(name), height=0.66)
             axes.plot([values["min"], values["max"]], [place, place], color="black", linewidth=1.2)
-            axes.text(values["max"] + 0.012 * longest, place, f"{values['median']:.1f}", va="center")
+            axes.text(values["max"] + 0.012 * longest, place, f"{values['median']:.{digits}f}", va="center")
         axes.set_yticks(range(len(methods)), [title for title, _ in methods.values()])
         axes.set_xlim(0, 1.1 * longest)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
+        axes.set_axisbelow(True)
         axes.set_xlabel(label)
     return figure
 
@@ -173,3 +168,45 @@ def draw_accuracy(record: dict) -> Figure:
         axes.set_xlabel("minutes of training, each method alone on the same cores in turn")
         axes.set_ylabel("F1 on held-out training articles, %")
     return figure
+
+
+def draw_leads(record: dict) -> Figure:
+    """How many times as fast each lead is as what is done now."""
+    rows = {f"{lead['lead']} ({lead['at']})": ("", lead["times_as_fast"]) for lead in record["leads"]}
+    figure = _bars({name: (name, values) for name, (_, values) in rows.items()}, "times as fast as now (line: range of the rounds)", 2)
+    figure.axes[0].axvline(1, color="black", linewidth=1)
+    return figure
+
+
+_FORMS = {  # the part of a record that tells which benchmark wrote it -> its table and its figure
+    "limits": (_train_table, draw_train),
+    "curves": (_scale_table, draw_scale),
+    "sooner": (_accuracy_table, draw_accuracy),
+    "leads": (_leads_table, draw_leads),
+    "windows": (_answer_table, draw_answer),
+}
+
+
+def kind(record: dict) -> str:
+    """Which part of a record tells what it is."""
+    return next(part for part in _FORMS if part in record)
+
+
+def draw(record: dict, path: Path) -> None:
+    """The record as a figure, SVG and PNG beside each other under this name."""
+    save(_FORMS[kind(record)][1](record), path)
+
+
+def report(folder: Path, files: list[Path]) -> None:
+    """Draw every record of a folder beside it, and put its table into the files that have a place for it, by its name.
+
+    Args:
+        files: of Markdown; the place of train.json is between <!-- speed: train --> and <!-- /speed: train -->.
+    """
+    for file in sorted(folder.glob("*.json")):
+        record = records.read_json(file)
+        draw(record, file.with_suffix(""))
+        opening, closing = f"<!-- speed: {file.stem} -->", f"<!-- /speed: {file.stem} -->"
+        for text in files:
+            if opening in text.read_text(encoding="utf-8"):
+                put_into(text, table(record), opening, closing)
