@@ -146,7 +146,21 @@ def bench_leads(setting: Setting, command: str) -> dict:
         "compilation_seconds": compilation,
         "step_seconds": spread([turn["now"] / setting.batches for turn in rounds]),
         **_data_loading(setting),
+        "int8": _int8_error(setting, batches[-1]),
     }
+
+
+def _int8_error(setting: Setting, batch: dict[str, Tensor]) -> dict[str, float]:
+    """Loss and gradient of the prefix in 8 bits and in float32, from the same start on the same batch."""
+    losses, gradients = [], []
+    for name in ("ptv2-fp32", "ptv2-int8"):
+        model = contenders.prepared(name, setting.backbone, setting.prefix_length, setting.seed).train()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.prefix_encoder.embedding.weight.grad.flatten())
+    cosine = torch.cosine_similarity(*gradients, dim=0).item()
+    return {"exact_loss": losses[0], "loss": losses[1], "gradient_cosine": cosine}
 
 
 def _data_loading(setting: Setting) -> dict:

@@ -45,7 +45,26 @@ def _train_table(record: dict) -> str:
         for name, limit in record["limits"].items()
     ]
     second = markdown_table(["", "matrix products, GFLOP/s", "share of the limit reached", "where the step's time goes"], limits)
-    return f"{markdown_table(head, rows)}\n\n{second}"
+    return f"{markdown_table(head, rows)}\n\n{second}\n\n{_aims_table(record)}"
+
+
+def _aims_table(record: dict) -> str:
+    """What was aimed at for two AVX-512 cores, batches of 32 and a prefix of 16, and what was measured."""
+    ratios, limits, methods = record["ratios"], record["limits"], record["methods"]
+    best = max((n for n in methods if n.startswith("peft")), key=lambda n: methods[n]["examples_per_second"]["median"], default=None)
+    compared = (("peft-fp32", "", 5.0), (best, ", the fastest of PEFT here", 3.5), ("peft-padded", "", 12.0))
+    rows = [
+        [f"times as fast as {methods[peer]['title']}{note}", aim, *(f"{ratios[name][peer]['median']:.1f}" for name in ratios)]
+        for peer, note, aim in compared
+        if peer in methods
+    ]
+    shares = {"ptv2-fp32": "70 %", "ptv2-bf16": "50 %"}
+    aimed = ", ".join(f"{share} in {name.removeprefix('ptv2-')}" for name, share in shares.items())
+    rows.append(["share of the limit reached", aimed, *(f"{100 * limits[name]['share']['median']:.0f} %" for name in ratios)])
+    if "full-fp32" in methods:
+        full = methods["full-fp32"]["memory_mib"]
+        rows.append(["memory, of full fine-tuning's", "at most 50 %", *(f"{100 * methods[n]['memory_mib'] / full:.0f} %" for n in ratios)])
+    return markdown_table(["", "aim", *(methods[name]["title"] for name in ratios)], rows)
 
 
 def _answer_table(record: dict) -> str:
@@ -86,10 +105,14 @@ def _leads_table(record: dict) -> str:
     rows = [[lead["lead"], lead["at"], _spread(lead["times_as_fast"], 2)] for lead in record["leads"]]
     tables = markdown_table(["lead", "at", "times as fast as now"], rows)
     step, batch = record["step_seconds"]["median"], record["batch_seconds"]["median"]
-    return (
-        f"{tables}\n\nCompiling the encoder took {record['compilation_seconds']:.0f} s. Padding is {100 * record['padding']:.1f} % of the "
-        f"tokens in an epoch's batches. Making a batch takes {1000 * batch:.1f} ms, {100 * batch / step:.1f} % of a step."
-    )
+    parts = [
+        f"Compiling the encoder took {record['compilation_seconds']:.0f} s.",
+        f"Padding is {100 * record['padding']:.1f} % of the tokens in an epoch's batches.",
+        f"Making a batch takes {1000 * batch:.1f} ms, {100 * batch / step:.1f} % of a step.",
+        f"With 8-bit products the loss of an untrained model is {record['int8']['loss']:.4f} where float32 gives",
+        f"{record['int8']['exact_loss']:.4f}, and the prefix's gradient has a cosine of {record['int8']['gradient_cosine']:.3f} with float32's.",
+    ]
+    return f"{tables}\n\n{' '.join(parts)}"
 
 
 def _colour(name: str) -> str:
