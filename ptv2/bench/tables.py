@@ -105,12 +105,13 @@ def _leads_table(record: dict) -> str:
     rows = [[lead["lead"], lead["at"], _spread(lead["times_as_fast"], 2)] for lead in record["leads"]]
     tables = markdown_table(["lead", "at", "times as fast as now"], rows)
     step, batch = record["step_seconds"]["median"], record["batch_seconds"]["median"]
+    int8 = record["int8"]
     parts = [
         f"Compiling the encoder took {record['compilation_seconds']:.0f} s.",
         f"Padding is {100 * record['padding']:.1f} % of the tokens in an epoch's batches.",
         f"Making a batch takes {1000 * batch:.1f} ms, {100 * batch / step:.1f} % of a step.",
-        f"With 8-bit products the loss of an untrained model is {record['int8']['loss']:.4f} where float32 gives",
-        f"{record['int8']['exact_loss']:.4f}, and the prefix's gradient has a cosine of {record['int8']['gradient_cosine']:.3f} with float32's.",
+        f"With 8-bit products the loss of an untrained model is {int8['loss']:.4f} where float32 gives {int8['exact_loss']:.4f},",
+        f"and the prefix's gradient has a cosine of {int8['gradient_cosine']:.3f} with float32's.",
     ]
     return f"{tables}\n\n{' '.join(parts)}"
 
