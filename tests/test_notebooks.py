@@ -217,13 +217,14 @@ Reproduction("03_differs", profile, results_dir).check("F1", 12.0, 0.5)"""
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    """A suite of a notebook that works, one that breaks, one that reproduces another value and one that draws."""
+    """A suite of a notebook that works, one that breaks, one that reproduces another value, one that draws and one whose kernel dies."""
     root = tmp_path_factory.mktemp("suite")
     notebooks, results = root / "notebooks", root / "results" / "notebooks"
     write_notebook(notebooks, "01_works", RANDOM, NOISY)
     write_notebook(notebooks, "02_breaks", "assert prefix_length == 1, 'of length 16'", "print('never')")
     write_notebook(notebooks, "03_differs", DIFFERS)
     write_notebook(notebooks, "04_draws", FIGURE)
+    write_notebook(notebooks, "05_dies", "import os\nos.kill(os.getpid(), 9)")
     results.mkdir(parents=True)
     (results / "quick.json").write_text(json.dumps({"03_differs": {"values": {"F1": 13.0}, "parameters": {}}, "09_old": {"values": {}}}))
     return root
@@ -247,15 +248,18 @@ def test_a_failing_notebook_stops_nothing_and_shows_in_the_exit_status(finished)
     outcomes = {path.stem: json.loads(path.read_text()) for path in (finished.root / "run").glob("0*.json")}
     assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
         "01_works": "finished", "02_breaks": "failed", "03_differs": "finished", "04_draws": "finished",
+        "05_dies": "failed",
     }  # fmt: skip
     assert outcomes["02_breaks"]["error"] == "AssertionError in cell 3: of length 16"
+    assert outcomes["05_dies"]["error"] == "DeadKernelError: Kernel died"
     kept = (finished.root / "run" / "02_breaks.ipynb").read_text()
     assert "AssertionError" in kept
     lines = finished.stdout.splitlines()
     assert lines[0] == "02_breaks failed: AssertionError in cell 3: of length 16"
-    assert lines[1] == "03_differs did not reproduce F1: 12, recorded 13, tolerance 0.5"
-    assert lines[2] == f"Report: {finished.root / 'run' / 'report.html'}"
-    assert lines[3] == "3 of 4 notebooks finished; 0 values reproduced, 1 not, 2 not compared."
+    assert lines[1] == "05_dies failed: DeadKernelError: Kernel died"
+    assert lines[2] == "03_differs did not reproduce F1: 12, recorded 13, tolerance 0.5"
+    assert lines[3] == f"Report: {finished.root / 'run' / 'report.html'}"
+    assert lines[4] == "3 of 5 notebooks finished; 0 values reproduced, 1 not, 2 not compared."
 
 
 def test_notebooks_run_in_their_folder_and_share_the_cores(finished):
