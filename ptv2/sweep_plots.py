@@ -20,7 +20,7 @@ from ptv2.report import Result
 from ptv2.sweeps import f1_by_point, trial_f1
 
 INK = "#333333"
-INIT_COLOURS = {"activations": "#0072B2", "normal": "#D55E00", "zero": "#009E73"}  # of Okabe and Ito's palette
+INIT_COLOURS = {"activations": COLOURS["p-tuning-v2"], "normal": COLOURS["fine-tuning"], "zero": COLOURS["head-only"]}
 
 
 def draw_length(records: list[dict]) -> Figure:

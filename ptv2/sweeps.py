@@ -182,6 +182,7 @@ def trial_result(run: dict, evaluation: dict | None) -> dict:
     return {
         "held_out": {"exact_match": run["metrics"]["held_out_exact_match"], "f1": run["metrics"]["held_out_f1"]},
         "evaluation": {name: evaluation[name] for name in scores} if evaluation else None,
+        "train_loss": next((entry["train_loss"] for entry in run["log_history"] if "train_loss" in entry), None),  # the mean, in nats
         "parameters": {name: run["parameters"][name] for name in ("trained", "backbone", "stored_bytes")},
         "train_questions": run["data"]["train"]["questions"],
         "windows_seen": run["steps"] * per_step,

@@ -336,6 +336,8 @@ def test_a_record_says_what_train_and_evaluate_found(spec, tmp_path, capsys):
     trained, evaluation = records.read_json(run / RUN_FILE), records.read_json(run / "evaluation.json")
     assert trial["held_out"] == {name: trained["metrics"][f"held_out_{name}"] for name in ("exact_match", "f1")}
     assert trial["evaluation"]["f1"] == evaluation["f1"] and trial["evaluation"]["data_sha256"] == evaluation["data_sha256"]
+    losses = [entry["train_loss"] for entry in trained["log_history"] if "train_loss" in entry]
+    assert [trial["train_loss"]] == losses and 3 < losses[0] < 7
     assert trial["windows_seen"] == 4 * 8 and [windows for windows, _ in trial["curve"]] == [16, 32]
     assert trial["parameters"]["trained"] == 3 * 2 * 2 * 32 + 66 and trial["train_questions"] == trained["data"]["train"]["questions"]
     assert record["provenances"][trial["provenance"]]["held_out"] == trained["data"]["held_out"]
