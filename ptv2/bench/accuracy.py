@@ -11,7 +11,7 @@ from ptv2 import records
 from ptv2.answers import AnswerConfig, predict
 from ptv2.backbone import default_device, load_tokenizer, resolve_backbone
 from ptv2.bench import contenders
-from ptv2.bench.rounds import Answers, seconds, start, use_threads
+from ptv2.bench.rounds import Answers, Process, seconds, use_threads
 from ptv2.bench.train import Setting, described
 from ptv2.features import LengthGroupedSampler, WindowConfig, collate, make_features
 from ptv2.methods import METHODS, build_model
@@ -142,7 +142,9 @@ def bench_accuracy(setting: Setting, minutes: float, command: str, evaluations: 
         held_out: share of the training questions, by article, that is scored.
     """
     budget = 60 * minutes
-    running = start(list(RECIPES), prepare, setting, budget, held_out)
+    running = {name: Process(prepare, name, setting, budget, held_out) for name in RECIPES}
+    for process in running.values():
+        process.wait()
     curves: dict[str, list[dict]] = {name: [] for name in RECIPES}
     for part in tqdm(range(1, evaluations + 1), desc="slices"):
         for name, process in running.items():

@@ -15,7 +15,7 @@ LABELS = ("start_positions", "end_positions")
 
 
 def prepare(name: str, setting: Setting, batches: list[Batch]) -> Answers:
-    """A contender in its process: one untimed pass over the batches, and what it can be asked."""
+    """A contender in its process, and what it can be asked."""
     device = default_device()
     use_threads(setting.threads)
     before = resident_mib()
@@ -39,7 +39,6 @@ def prepare(name: str, setting: Setting, batches: list[Batch]) -> Answers:
             answer(batch)
 
     records.reset_peak_memory()
-    run()
     return {
         "round": lambda: seconds(run),
         "latencies": lambda: [seconds(lambda one=one: answer(one)) for one in single],

@@ -54,10 +54,15 @@ class Process:
 
 
 def start(names: list[str], prepare: Callable[..., Answers], *arguments) -> dict[str, Process]:
-    """A process for each name, prepared with it and `arguments`; they get ready side by side."""
+    """A process for each name, prepared with it and `arguments` side by side; then one untimed round each, in turn.
+
+    At once, the rounds of all would need more memory than a small machine has.
+    """
     processes = {name: Process(prepare, name, *arguments) for name in names}
-    for process in tqdm(processes.values(), desc="prepare"):
+    for process in processes.values():
         process.wait()
+    for process in tqdm(processes.values(), desc="prepare"):
+        process.ask("round")
     return processes
 
 

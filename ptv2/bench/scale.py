@@ -51,7 +51,6 @@ def prepare(name: str, setting: Setting, length: int) -> Answers:
         optimiser.zero_grad()
 
     records.reset_peak_memory()
-    step()
     return {"round": lambda: seconds(step), "memory": lambda: records.peak_memory_mib() - before}
 
 
@@ -105,6 +104,7 @@ def _point(setting: Setting, quantity: str, name: str, value: int) -> dict:
     else:
         process = Process(prepare, name, replace(setting, **{quantity.replace(" ", "_"): value}), TEXT_LENGTH)
     process.wait()
+    process.ask("round")  # untimed
     took = [process.ask("round") for _ in range(setting.rounds)]
     memory = process.ask("memory")
     process.stop()

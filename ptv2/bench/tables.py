@@ -198,7 +198,7 @@ def draw_leads(record: dict) -> Figure:
     """How many times as fast each lead is as what is done now."""
     rows = {f"{lead['lead']} ({lead['at']})": ("", lead["times_as_fast"]) for lead in record["leads"]}
     figure = _bars({name: (name, values) for name, (_, values) in rows.items()}, "times as fast as now (line: range of the rounds)", 2)
-    figure.axes[0].axvline(1, color="black", linewidth=1)
+    figure.axes[0].axvline(1, color="#999999", linestyle="--", linewidth=1, zorder=0)
     return figure
 
 

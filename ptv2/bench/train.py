@@ -63,7 +63,7 @@ def real_batches(setting: Setting) -> list[Batch]:
 
 
 def prepare(name: str, setting: Setting, batches: list[Batch]) -> Answers:
-    """A contender in its process: one untimed pass over the batches, and what it can be asked."""
+    """A contender in its process, and what it can be asked."""
     contender, device = contenders.find(name), default_device()
     use_threads(setting.threads)
     before = resident_mib()
@@ -83,7 +83,6 @@ def prepare(name: str, setting: Setting, batches: list[Batch]) -> Answers:
             step(batch)
 
     records.reset_peak_memory()
-    run()
     answers = {"round": lambda: seconds(run), "memory": lambda: records.peak_memory_mib() - before}
     return {**answers, **_limits(model, step, wide, DTYPES[name])} if contender.is_ours else answers
 
