@@ -115,9 +115,9 @@ def _run_one(notebook: Planned, run: Path, environment: dict[str, str]) -> dict:
 
 
 def title(notebook: NotebookNode) -> str:
-    """The first heading."""
+    """The first heading, as plain text."""
     lines = [line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
-    return next((line.lstrip("# ") for line in lines if line.startswith("# ")), "")
+    return next((line[2:].replace("`", "") for line in lines if line.startswith("# ")), "")
 
 
 def collect_checks(notebook: NotebookNode) -> list[dict]:
