@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run lab env test lint bench report clean
+.PHONY: run lab demo env test lint bench report clean
 
 # The notebook suite on the embedded questions, two at once; at the end it prints where its report lies.
 run: env
@@ -15,6 +15,10 @@ run: env
 # JupyterLab on the notebooks; their kernel is this environment's, whatever else is installed.
 lab: env
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter-lab notebooks
+
+# The playground, with your own runs if there are any.
+demo: env
+	$(BIN)/ptv2 demo $(if $(wildcard runs),--runs runs)
 
 env: $(STAMP)
 

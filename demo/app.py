@@ -1,7 +1,9 @@
 """The playground's page: ask, look inside, score a file. It is up before torch is imported, which happens meanwhile."""
 
+import contextlib
 import logging
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -15,13 +17,15 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gradio as gr
+from gradio.exceptions import ServerFailedToStartError
 
 from demo import page
-from demo.playground import MAX_FILE_MB, MAX_METHODS, MAX_QUESTIONS, MAX_TEXT, Playground, models
+from demo.playground import MAX_FILE_BYTES, MAX_METHODS, MAX_QUESTIONS, MAX_TEXT, Playground, models
 from ptv2.errors import InputError
 
 WAITING = 40  # people in the queue; the next one is told that it is full
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "models"}
+ONE_FILE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "files", "show_progress": "minimal"}
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 # After an answer, the address bar holds a link to the question.
 LINK = """(question, text) => {
@@ -148,7 +152,7 @@ def _inside_tab(playground: Playground, tab: gr.Tab, question: gr.Textbox, text:
 
 
 def _score_tab(playground: Playground, methods: gr.CheckboxGroup) -> None:
-    gr.HTML(page.SCORING.format(megabytes=MAX_FILE_MB, questions=f"{MAX_QUESTIONS:,}", characters=f"{MAX_TEXT:,}"))
+    gr.HTML(page.SCORING.format(megabytes=MAX_FILE_BYTES // 2**20, questions=f"{MAX_QUESTIONS:,}", characters=f"{MAX_TEXT:,}"))
     with gr.Row():
         file = gr.File(label="SQuAD file (JSON, version 1.1 or 2.0)", file_types=[".json"], elem_id="file")
         with gr.Column():
@@ -175,24 +179,8 @@ def _score_tab(playground: Playground, methods: gr.CheckboxGroup) -> None:
         except Exception as error:
             yield page.problem(sentence(error)), hidden, hidden
 
-    one = {"concurrency_limit": 1, "concurrency_id": "files"}
-    scored = score.click(run, [file, methods, limit], [report, table, record], api_visibility="private", show_progress="minimal", **one)
+    scored = score.click(run, [file, methods, limit], [report, table, record], api_visibility="private", **ONE_FILE_AT_A_TIME)
     stop.click(lambda: page.STOPPED, outputs=report, cancels=scored, queue=False, **HIDDEN)
-
-    def evaluate(file: str, methods: list[str], limit: float) -> Iterator[dict]:
-        """Exact match and F1 of methods on a SQuAD file, with 95 % intervals, and every answer.
-
-        Yields {"done", "of"} while it goes on, and at last the report.
-        """
-        try:
-            from demo.scoring import report_dict
-
-            for step in playground.score(file, methods, limit):
-                yield {"done": step[0], "of": step[1]} if isinstance(step, tuple) else report_dict(step)
-        except Exception as error:
-            raise told(error) from error
-
-    gr.Button(visible=False).click(evaluate, [file, methods, limit], gr.JSON(visible=False), api_name="evaluate", **one)
 
 
 def _keep_up_to_date(playground: Playground, blocks: gr.Blocks, intro: gr.HTML, methods: gr.CheckboxGroup, prefix: gr.Dropdown) -> None:
@@ -209,7 +197,7 @@ def _keep_up_to_date(playground: Playground, blocks: gr.Blocks, intro: gr.HTML, 
         boxes, dropdown = _choices(playground, ticked), _prefix_choices(playground, inside)
         return names, page.intro(found), gr.CheckboxGroup(**boxes), gr.Dropdown(**dropdown)
 
-    triggers = [blocks.load, *([gr.Timer(5).tick] if playground.runs else [])]
+    triggers = [blocks.load, *([gr.Timer(3).tick] if playground.runs else [])]
     gr.on(triggers, look, [seen, methods, prefix], [seen, intro, methods, prefix], queue=False, **HIDDEN)
 
 
@@ -217,23 +205,58 @@ def _api(playground: Playground) -> None:
     def answer(question: str, text: str, method: str = "p-tuning-v2") -> dict:
         """One method's answer to a question about a text.
 
-        Gives the answer ("" for "no answer"), its place in the text (characters start to end), score, n-best list, the
-        seconds it took, how many numbers were trained and how many bytes are stored.
+        Args:
+            question: in English.
+            text: that holds the answer.
+            method: a name, as /compare gives them.
+
+        Returns:
+            the answer ("" for "no answer"), its place in the text (characters start to end), its score, the n best
+            answers, the seconds it took, how many numbers were trained and how many bytes are stored.
         """
-        try:
-            return playground.replies(question, text, [method])[method]
-        except Exception as error:
-            raise told(error) from error
+        return compare(question, text, [method])[method]
 
     def compare(question: str, text: str, methods: list[str] | None = None) -> dict:
-        """What several methods answer to a question about a text: the same as /answer by method's name; all that ship if None."""
+        """What several methods answer to a question about a text.
+
+        Args:
+            question: in English.
+            text: that holds the answer.
+            methods: their names; all that ship if None.
+
+        Returns:
+            by method's name, what /answer gives.
+        """
         try:
             return playground.replies(question, text, methods)
         except Exception as error:
             raise told(error) from error
 
+    def evaluate(file: str | None, methods: list[str] | None = None, limit: float = 100) -> Iterator[dict]:
+        """Exact match and F1 of methods on a file of questions, with 95 % intervals, and every answer.
+
+        Args:
+            file: questions with answers in SQuAD's form, as JSON.
+            methods: their names; all that ship if None.
+            limit: how many questions to score, from the start of the file.
+
+        Returns:
+            {"done", "of"} again and again while it goes on, and at last the report.
+        """
+        try:
+            from demo.scoring import report_dict  # needs torch
+
+            for step in playground.score(file, methods, limit):
+                yield {"done": step[0], "of": step[1]} if isinstance(step, tuple) else report_dict(step)
+        except Exception as error:
+            raise told(error) from error
+
     gr.api(answer, api_name="answer", **ONE_AT_A_TIME)
     gr.api(compare, api_name="compare", **ONE_AT_A_TIME)
+    # Of components only a file's is checked to lie where uploads do; these are not on the page.
+    given = [gr.File(label="file", visible=False), gr.JSON(label="methods", visible=False), gr.Number(100, label="limit", visible=False)]
+    report = gr.JSON(label="report", visible=False)
+    gr.Button(visible=False).click(evaluate, given, report, api_name="evaluate", **ONE_FILE_AT_A_TIME)
 
 
 def _theme() -> gr.themes.Base:
@@ -263,12 +286,15 @@ def serve(runs: Path | None = None, host: str = "127.0.0.1", port: int | None = 
     try:
         _, local, public = blocks.launch(
             server_name=host, server_port=port, share=share, mcp_server=mcp, prevent_thread_lock=True, quiet=True, ssr_mode=False,
-            pwa=False, run_history=False, enable_monitoring=False, footer_links=["api", "settings"], max_file_size=f"{MAX_FILE_MB}mb",
+            pwa=False, run_history=False, enable_monitoring=False, footer_links=["api", "settings"], max_file_size=MAX_FILE_BYTES,
             theme=_theme(),
             css_paths=Path(__file__).with_name("style.css"),
         )  # fmt: skip
-    except OSError as error:
+    except (OSError, ServerFailedToStartError) as error:
         raise InputError(f"The playground cannot listen on {host}: {error}") from error
     print(f"The playground is at {public or local} (Ctrl-C ends it).", flush=True)
     threading.Thread(target=models, daemon=True).start()  # the page is up: now import what answers
-    blocks.block_thread()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely, it takes its temporary files along
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    blocks.close(verbose=False)  # ends open connections first, which block_thread() would wait for

@@ -15,7 +15,7 @@ from ptv2.squad import load_examples
 MAX_TEXT, MAX_QUESTION = 50_000, 1_000  # characters
 MAX_METHODS = 6  # side by side
 MAX_QUESTIONS = 1_000  # scored of one file
-MAX_FILE_MB = 5
+MAX_FILE_BYTES = 5 * 2**20
 
 
 def models():
@@ -46,11 +46,13 @@ class Playground:
         known = {checkpoint.name: checkpoint for checkpoint in self.checkpoints()}
         if names is None:
             names = [name for name in known if "/" not in name]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"The methods must be a list of names, such as {', '.join(known)}.")
         if not names:
             raise InputError("No method is chosen: tick at least one.")
         if len(names) > MAX_METHODS:
             raise InputError(f"{len(names)} methods are chosen; at most {MAX_METHODS} fit side by side.")
-        missing = [str(name)[:100] for name in names if name not in known]
+        missing = [name[:100] for name in names if name not in known]
         if missing:
             raise InputError(f"{missing[0]} is not there (any more): choose among {', '.join(known)}.")
         return [known[name] for name in dict.fromkeys(names)]
@@ -97,11 +99,13 @@ class Playground:
             InputError: the file is no use; the sentence says why.
         """
         scoring = import_module("demo.scoring")
+        if not isinstance(limit, int | float) or not 1 <= limit <= MAX_QUESTIONS:
+            raise InputError(f"The number of questions to score must be 1 to {MAX_QUESTIONS:,}.")
         if not file:
             raise InputError("There is no file yet: choose a SQuAD file (JSON).")
         path = Path(file)
-        if path.stat().st_size > MAX_FILE_MB * 1e6:
-            raise InputError(f"The file has {path.stat().st_size / 1e6:.1f} MB; the limit is {MAX_FILE_MB} MB: take a part of it.")
+        if path.stat().st_size > MAX_FILE_BYTES:  # the upload is refused, too, but the API can name what was uploaded elsewhere
+            raise InputError(f"The file has {path.stat().st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}: take a part of it.")
         if path.read_bytes()[:2] == b"\x1f\x8b":
             raise InputError("The file is compressed: unpack it first.")
         checkpoints = self.choose(names)
@@ -109,9 +113,8 @@ class Playground:
         for example in examples:
             _check(f"text of question {example.id}", example.context, MAX_TEXT)
             _check(f"question {example.id}", example.question, MAX_QUESTION)
-        limit = int(min(max(limit, 1), MAX_QUESTIONS))
-        for step in scoring.score_questions(models(), examples, limit, checkpoints):
-            yield (step, min(limit, len(examples))) if isinstance(step, int) else step
+        for step in scoring.score_questions(models(), examples[: int(limit)], len(examples), checkpoints):
+            yield (step, min(int(limit), len(examples))) if isinstance(step, int) else step
 
 
 def _reply_dict(reply) -> dict:

@@ -13,7 +13,6 @@ from ptv2.errors import InputError
 from ptv2.metrics import Scores, normalise, score, score_each
 from ptv2.squad import Example, load_examples
 
-MAX_QUESTIONS = 1000
 AT_A_TIME = 8  # questions between two looks at the progress
 
 
@@ -59,9 +58,13 @@ def read_questions(file: Path, shown_as: str) -> list[Example]:
         raise InputError(str(error).replace(str(file), shown_as)) from error
 
 
-def score_questions(models: Models, examples: list[Example], limit: int, checkpoints: Sequence[Checkpoint]) -> Iterator[int | Report]:
-    """Yields how many questions are done, again and again, and at last the report."""
-    chosen = examples[:limit]
+def score_questions(models: Models, chosen: list[Example], of: int, checkpoints: Sequence[Checkpoint]) -> Iterator[int | Report]:
+    """Yields how many questions are done, again and again, and at last the report.
+
+    Args:
+        chosen: the questions to score.
+        of: how many the file holds.
+    """
     answers: dict[str, list[str]] = {checkpoint.name: [] for checkpoint in checkpoints}
     problems: dict[str, str] = {}
     for begin in range(0, len(chosen), AT_A_TIME):
@@ -76,7 +79,7 @@ def score_questions(models: Models, examples: list[Example], limit: int, checkpo
     by_id = {name: {e.id: text for e, text in zip(chosen, given, strict=True)} for name, given in answers.items()}
     scores = {name: score(given, chosen) for name, given in by_id.items()}
     f1 = {name: score_each(given, chosen)[1].tolist() for name, given in by_id.items()}
-    yield Report(chosen, len(examples), scores, answers, f1, list(problems.values()))
+    yield Report(chosen, of, scores, answers, f1, list(problems.values()))
 
 
 def report_dict(report: Report) -> dict:

@@ -1,6 +1,7 @@
 """`ptv2 demo`: find the playground in the repository and start it, without the seconds that importing torch takes."""
 
 import argparse
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,10 +35,22 @@ def serve(options: argparse.Namespace) -> None:
         raise InputError(f"The port is {options.port}; it must be 1 to 65535.")
     if options.runs is not None and not options.runs.is_dir():
         raise InputError(f"{options.runs} is not a directory of runs: make one, or leave --runs out.")
+    _check_address(options.host, options.port or 0)
     sys.path.insert(0, str(root))
     from demo import app
 
     app.serve(options.runs, options.host, options.port, options.share, options.mcp)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise InputError where nothing can listen there; Gradio would try for minutes."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise InputError(f"The playground cannot listen on {host}{f':{port}' if port else ''}: {error.strerror or error}.") from error
 
 
 def main() -> int:
