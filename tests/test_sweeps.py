@@ -117,7 +117,7 @@ def test_the_specifications_that_ship_are_whole(file):
     sweep = read_sweep(file)
     assert sweep.question.endswith("?") and len(sweep.seeds) >= 3
     configs = [make_config({**sweep.config, **point.changes}, 0) for point in sweep.points]
-    assert len({json.dumps(config.to_dict()) for config in configs}) == len(configs) >= 7  # no point twice
+    assert len({json.dumps(config.to_dict()) for config in configs}) == len(configs) >= 6  # no point twice
     assert "squadshifts" not in (sweep.evaluation or "")  # published as test data: never scored on what it trains on
 
 
