@@ -153,7 +153,7 @@ def bench_accuracy(setting: Setting, minutes: float, command: str, evaluations: 
     for process in running.values():
         process.stop()
     methods = {name: {**vars(recipe), "curve": curves[name]} for name, recipe in RECIPES.items()}
-    described_setting = described(replace(setting, batch_size=0, batches=0, rounds=0))
+    described_setting = described(replace(setting, batch_size=0, rounds=0))
     kept = {name: value for name, value in described_setting.items() if value or name == "seed"}
     return {**records.provenance(command), "setting": kept, "held_out": held_out, "methods": methods, "sooner": sooner(methods)}
 

@@ -30,8 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help=f"directory or hub name (default {DEFAULT_BACKBONE})")
     parser.add_argument("--data", default="embedded", help="SQuAD file, hub data set or embedded (default)")
     parser.add_argument("--batch-size", type=int, help="windows per step (default 32)")
-    parser.add_argument("--batches", type=int, help="steps per round, from short texts to long ones (default 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, from a batch of short texts to long (default 5)")
     parser.add_argument("--prefix-length", type=int, default=16, help="default 16")
     parser.add_argument("--threads", type=int, default=0, help="default one for each core")
     parser.add_argument("--minutes", type=float, default=15.0, help="of accuracy: training time of each method (default 15)")
@@ -49,7 +48,7 @@ def bench(options: argparse.Namespace, command: str) -> dict | None:
     if options.kind == "report":
         tables.report(options.records, options.into)
         return None
-    for name, least in (("batch_size", 1), ("batches", 1), ("rounds", 1), ("prefix_length", 1), ("threads", 0)):
+    for name, least in (("batch_size", 1), ("rounds", 1), ("prefix_length", 1), ("threads", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
@@ -57,7 +56,7 @@ def bench(options: argparse.Namespace, command: str) -> dict | None:
         raise InputError(f"--minutes is {options.minutes}; it must be above 0.")
     names = {field.name for field in dataclasses.fields(Setting)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    setting = Setting(**({"batch_size": 4, "batches": 1} if options.quick else {}) | given)
+    setting = Setting(**({"batch_size": 4} if options.quick else {}) | given)
     record = _run(options, setting, command)
     print(tables.table(record), file=sys.stderr)
     if options.output:

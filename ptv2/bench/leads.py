@@ -104,13 +104,16 @@ def compiled(name: str, setting: Setting, batches: list) -> Answers:
     model = contenders.prepared(name, setting.backbone, setting.prefix_length, setting.seed).train()
     model.backbone.compile(dynamic=True)
 
-    def run() -> None:
-        for batch in batches:
-            model(**batch).loss.backward()
-            model.zero_grad()
+    def step(batch: dict[str, Tensor]) -> None:
+        model(**batch).loss.backward()
+        model.zero_grad()
 
-    compilation = seconds(run)
-    return {"round": lambda: seconds(run), "compilation": lambda: compilation}
+    def turn(i: int) -> float:
+        step(batches[i])
+        return seconds(lambda: step(batches[i]))
+
+    compilation = seconds(lambda: step(batches[0]))
+    return {"round": turn, "compilation": lambda: compilation}
 
 
 def keeping(name: str, setting: Setting, batches: list) -> Answers:
@@ -132,9 +135,8 @@ def bench_leads(setting: Setting, command: str) -> dict:
     running = {way: Process(how, "ptv2-fp32", setting, batches) for way, how in ways.items()}
     for process in running.values():
         process.wait()
-    for process in running.values():
-        process.ask("round")  # untimed
-    rounds = [{way: process.ask("round") for way, process in running.items()} for _ in tqdm(range(setting.rounds), desc="rounds")]
+    turns = tqdm(range(setting.rounds), desc="rounds")
+    rounds = [{way: process.ask("round", turn) for way, process in running.items()} for turn in turns]
     for way in list(ways)[1:]:
         times = spread([turn["now"] / turn[way] for turn in rounds])
         found.append({"lead": way, "at": "whole step", "times_as_fast": times})
@@ -146,7 +148,7 @@ def bench_leads(setting: Setting, command: str) -> dict:
         "setting": described(setting),
         "leads": found,
         "compilation_seconds": compilation,
-        "step_seconds": spread([turn["now"] / setting.batches for turn in rounds]),
+        "step_seconds": spread([turn["now"] for turn in rounds]),
         **_data_loading(setting),
         "int8": _int8_error(setting, batches[-1]),
     }

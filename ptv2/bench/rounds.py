@@ -1,5 +1,7 @@
 """Contenders in turn: each in a process of its own, asked round by round, so that what disturbs the machine disturbs all."""
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import statistics
@@ -54,15 +56,10 @@ class Process:
 
 
 def start(names: list[str], prepare: Callable[..., Answers], *arguments) -> dict[str, Process]:
-    """A process for each name, prepared with it and `arguments` side by side; then one untimed round each, in turn.
-
-    At once, the rounds of all would need more memory than a small machine has.
-    """
+    """A process for each name, prepared with it and `arguments`; they get ready side by side."""
     processes = {name: Process(prepare, name, *arguments) for name in names}
-    for process in processes.values():
-        process.wait()
     for process in tqdm(processes.values(), desc="prepare"):
-        process.ask("round")
+        process.wait()
     return processes
 
 
@@ -74,10 +71,19 @@ def _serve(pipe: Connection, prepare: Callable[..., Answers], arguments: tuple) 
         while True:
             name, given = pipe.recv()
             pipe.send((None, answers[name](*given)))
+            _give_back_memory()
     except EOFError:  # the parent has closed its end
         return
     except BaseException:
         pipe.send((traceback.format_exc(), None))
+
+
+def _give_back_memory() -> None:
+    """What was freed goes back to the system, for the next one's turn: all together would need too much for a small machine."""
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc
+        library.malloc_trim(0)
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -28,8 +28,7 @@ class Setting:
         backbone: directory or hub name.
         data: questions whose windows are trained on; SQuAD file, hub data set or "embedded".
         batch_size: windows per step.
-        batches: steps per round, spread over the lengths of the data.
-        rounds: how often each contender's turn comes.
+        rounds: how often each contender's turn comes; each round has a batch of its own.
         prefix_length: P.
         threads: per process; 0 for as many as there are cores.
         seed: of the order and the models.
@@ -38,7 +37,6 @@ class Setting:
     backbone: str
     data: str = "embedded"
     batch_size: int = 32
-    batches: int = 2
     rounds: int = 5
     prefix_length: int = 16
     threads: int = 0
@@ -51,14 +49,14 @@ def described(setting: Setting) -> dict:
 
 
 def real_batches(setting: Setting) -> list[Batch]:
-    """Batches as training makes them, of windows of like lengths: those at the middle of `batches` equal parts, from short to long."""
+    """A batch for each round as training makes them, of windows of like lengths: those at the middle of equal parts, short to long."""
     tokenizer = load_tokenizer(resolve_backbone(setting.backbone))
     features = make_features(load_examples(setting.data, "train"), tokenizer, WindowConfig())
     order = iter(LengthGroupedSampler(features["length"], setting.batch_size, setting.seed))
     groups = list(iter(lambda: list(itertools.islice(order, setting.batch_size)), []))
     lengths = features["length"]
     full = sorted((g for g in groups if len(g) == len(groups[0])), key=lambda group: sum(lengths[i] for i in group))
-    places = [int((i + 0.5) * len(full) / setting.batches) for i in range(setting.batches)]
+    places = [int((i + 0.5) * len(full) / setting.rounds) for i in range(setting.rounds)]
     return [collate([features[i] for i in full[place]], tokenizer) for place in places]
 
 
@@ -78,12 +76,12 @@ def prepare(name: str, setting: Setting, batches: list[Batch]) -> Answers:
         optimiser.step()
         optimiser.zero_grad()
 
-    def run() -> None:
-        for batch in wide:
-            step(batch)
+    def turn(i: int) -> float:
+        step(wide[i])  # untimed: memory is fetched from the system again, and kernels are compiled
+        return seconds(lambda: step(wide[i]))
 
     records.reset_peak_memory()
-    answers = {"round": lambda: seconds(run), "memory": lambda: records.peak_memory_mib() - before}
+    answers = {"round": turn, "memory": lambda: records.peak_memory_mib() - before}
     return {**answers, **_limits(model, step, wide, DTYPES[name])} if contender.is_ours else answers
 
 
@@ -97,15 +95,9 @@ def _limits(model, step: Callable[[Batch], None], batches: list[Batch], dtype: t
     from ptv2.bench import roofline
 
     layers = roofline.linear_layers(model, batches[0])
-    tokens = max(batch["input_ids"].numel() for batch in batches)
-
-    def work() -> float:
-        lengths = [length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]
-        return roofline.least_work(layers, lengths, model).total
-
     return {
-        "work": work,
-        "rate": lambda: roofline.product_rate(layers, tokens, dtype, default_device()),
+        "work": lambda i: roofline.least_work(layers, batches[i]["attention_mask"].sum(1).tolist(), model).total,
+        "rate": lambda i: roofline.product_rate(layers, batches[i]["input_ids"].numel(), dtype, default_device()),
         "profile": lambda: roofline.profile_step(step, batches[len(batches) // 2]),
     }
 
@@ -117,23 +109,22 @@ def bench_train(setting: Setting, names: list[str], command: str) -> dict:
         names: of `contenders.TRAINING`; those whose dtype the machine can't do are left out and named.
     """
     batches = real_batches(setting)
-    examples = sum(len(batch["input_ids"]) for batch in batches)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
     running = start(names, prepare, setting, batches)
     ours = [name for name in names if contenders.find(name).is_ours]
     took: dict[str, list[float]] = {name: [] for name in names}
     rates: dict[str, list[float]] = {name: [] for name in ours}
     for turn in tqdm(range(setting.rounds), desc="rounds"):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            took[name].append(running[name].ask("round"))
+            took[name].append(running[name].ask("round", turn))
             if name in ours:
-                rates[name].append(running[name].ask("rate"))
+                rates[name].append(running[name].ask("rate", turn))
     methods = {
         name: {
             "title": contenders.find(name).title,
             "seconds": took[name],
-            "examples_per_second": spread([examples / t for t in took[name]]),
-            "tokens_per_second": spread([tokens / t for t in took[name]]),
+            "examples_per_second": spread([setting.batch_size / t for t in took[name]]),
+            "tokens_per_second": spread([n / t for n, t in zip(tokens, took[name], strict=True)]),
             "memory_mib": round(running[name].ask("memory"), 1),
         }
         for name in names
@@ -146,7 +137,6 @@ def bench_train(setting: Setting, names: list[str], command: str) -> dict:
         "setting": described(setting),
         "built_in": str(fast_dtype("auto")).removeprefix("torch."),
         "batches": [list(batch["input_ids"].shape) for batch in batches],
-        "examples": examples,
         "tokens": tokens,
         "methods": methods,
         "ratios": {name: _ratios(took, name) for name in ours},
@@ -162,10 +152,10 @@ def _ratios(took: dict[str, list[float]], name: str) -> dict[str, dict[str, floa
 
 def _share_of_limit(process: Process, took: list[float], rates: list[float]) -> dict:
     """The least time that the step's work could take at the product rate of the same round, over the time that it took."""
-    work = process.ask("work")
+    work = [process.ask("work", i) for i in range(len(took))]
     return {
         "operations": work,
         "product_rate": spread(rates),
-        "share": spread([work / rate / t for rate, t in zip(rates, took, strict=True)]),
+        "share": spread([w / rate / t for w, rate, t in zip(work, rates, took, strict=True)]),
         "profile": process.ask("profile"),
     }
