@@ -172,10 +172,10 @@ def _score_tab(playground: Playground, methods: gr.CheckboxGroup) -> None:
                     yield page.progress(*step), hidden, hidden
             from demo.scoring import write_report  # loaded by now, with torch
 
-            folder = Path(tempfile.mkdtemp(dir=UPLOADS.name))
-            paths = write_report(step, folder)
             titles = {checkpoint.name: page.method_title(checkpoint) for checkpoint in playground.checkpoints()}
-            yield page.report(step, titles), *(gr.DownloadButton(value=path, visible=True) for path in paths)
+            with tempfile.TemporaryDirectory() as folder:  # Gradio takes copies, which it deletes in time
+                paths = write_report(step, Path(folder))
+                yield page.report(step, titles), *(gr.DownloadButton(value=path, visible=True) for path in paths)
         except Exception as error:
             yield page.problem(sentence(error)), hidden, hidden
 

@@ -211,6 +211,10 @@ def _mark_of(text: str, accepted: Sequence[str] | None) -> str:
     return '<span class="right">✓ right</span>' if right else '<span class="wrong">✗ not an accepted answer</span>'
 
 
+def _questions(count: int) -> str:
+    return f"{count:,} question{'' if count == 1 else 's'}"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 else "&lt; 1 %"
 
@@ -297,9 +301,10 @@ def report(found: "Report", titles: dict[str, str]) -> str:
         f'<tr><th scope="row">{safe(titles[name])}</th><td>{_interval(scores.exact_match)}</td><td>{_interval(scores.f1)}</td></tr>'
         for name, scores in found.scores.items()
     )
-    count = f"{len(found.examples):,}" + (f" of the file’s {found.of:,}" if found.of > len(found.examples) else "")
+    n = len(found.examples)
+    count = f"{n:,} of the file’s {found.of:,} questions" if found.of > n else _questions(n)
     return (
-        f'{problems}<section class="report" role="status"><h2>{count} questions scored</h2><table class="scores"><thead><tr>'
+        f'{problems}<section class="report" role="status"><h2>{count} scored</h2><table class="scores"><thead><tr>'
         '<th scope="col">method</th><th scope="col">exact match, %</th><th scope="col">F1, %</th></tr></thead>'
         f"<tbody>{rows}</tbody></table><p>Exact match: the answer is an accepted one, word for word. F1: how many words they share. In "
         "brackets, 95 % intervals: where they would lie with other questions of this kind.</p></section>"
@@ -326,7 +331,7 @@ def _disagreements(found: "Report", titles: dict[str, str]) -> str:
         rows.append(f'<tr><th scope="row"><bdi>{safe(example.question)}</bdi>{text}</th><td>{wanted}</td>{cells}</tr>')
     more = f" The first {MAX_ROWS} are shown; the files below hold all." if len(indices) > MAX_ROWS else ""
     return (
-        f'<h2 id="disagreements">They disagree on {len(indices):,} questions</h2><p>{more}</p>'
+        f'<h2 id="disagreements">They disagree on {_questions(len(indices))}</h2><p>{more}</p>'
         '<div class="scroll" tabindex="0" role="region" aria-labelledby="disagreements"><table class="disagreements"><thead><tr>'
         f'<th scope="col">question</th><th scope="col">accepted</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )

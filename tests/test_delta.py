@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -111,8 +109,9 @@ def test_the_command_exports_a_run_with_its_record(tiny_bert, tmp_path, capsys):
     assert record["parameters"] == {**before["parameters"], "stored_bytes": size} and size < before["parameters"]["stored_bytes"]
     assert record["export"]["of"] == "run" and record["export"]["command"].endswith("--texts embedded --word-rows 9")
     assert [result.name for result in read_results([tmp_path])] == ["run", "run, 8-bit difference"]
-    status = subprocess.run([sys.executable, "-m", "ptv2", "export", str(run), "--output", "x"], capture_output=True, text=True)
-    assert status.returncode == 2 and "--delta" in status.stderr
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--output", str(tmp_path / "other")])
+    assert "--delta" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def _changed(path, to, change):
@@ -164,6 +163,8 @@ def test_what_ships_is_small_and_as_good_as_the_full_weights():
     )
     assert small["data_sha256"] == full["data_sha256"] and small["n"] == full["n"]
     assert abs(small["f1"]["value"] - full["f1"]["value"]) < 0.2
+    without = json.loads((REPOSITORY / "results" / "exports" / "without-words" / "evaluation.json").read_text())
+    assert without["data_sha256"] == full["data_sha256"] and full["f1"]["value"] - without["f1"]["value"] > 0.2  # so words are kept
     record = json.loads((SHIPPED / "fine-tuning" / "run.json").read_text())
     assert record["parameters"]["stored_bytes"] == (SHIPPED / "fine-tuning" / DELTA_FILE).stat().st_size
 

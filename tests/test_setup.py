@@ -4,9 +4,12 @@ import re
 import tomllib
 from importlib.metadata import version
 
+import pytest
 from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import ptv2
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = {
@@ -56,3 +59,12 @@ def test_the_repository_names_no_registry_and_no_machine():
     files = [*REPOSITORY.glob("*.*"), REPOSITORY / "Makefile", *REPOSITORY.glob("ptv2/*.py"), *REPOSITORY.glob("results/**/*.json")]
     found = {file.name: hit.group() for file in files if file.is_file() and (hit := words.search(file.read_text(errors="ignore")))}
     assert not found
+
+
+def test_every_public_name_is_found_where_it_is_said_to_be():
+    names = [name for names in ptv2._HOMES.values() for name in names]
+    assert sorted(names) == sorted(ptv2.__all__)
+    for name in ptv2.__all__:
+        assert getattr(ptv2, name).__module__.startswith("ptv2.") if callable(getattr(ptv2, name)) else getattr(ptv2, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ptv2.nothing
