@@ -5,6 +5,7 @@ killed at any moment and go on. A worker leaves a sign of life in the storage; w
 Optuna's own heartbeats do that for databases alone.
 """
 
+import _thread
 import contextlib
 import sys
 import threading
@@ -140,10 +141,14 @@ class Worker:
         point = describe(changes) if self.sweep.search else told["point"]
         done, total = len(self._trials(TrialState.COMPLETE)), len(self.sweep.points) * len(self.sweep.seeds)
         print(f"{self.sweep.name}: {point}, seed {told['seed']} ({done} of {total} done)", file=sys.stderr)
+        lost = threading.Event()
         try:
-            with _sign_of_life(trial):
+            with _sign_of_life(trial, lost):
                 result = self._train_and_score(told["key"], changes, told["seed"])
         except KeyboardInterrupt:
+            if lost.is_set():
+                print(f"{self.sweep.name}: {told['key']} was taken over by another worker", file=sys.stderr)
+                return None
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             raise
         except Exception as error:  # out of memory, a full disk: the other runs may still do
@@ -154,7 +159,7 @@ class Worker:
                 raise
             print(f"{self.sweep.name}: {told['key']} failed: {reason}", file=sys.stderr)
             return reason
-        with contextlib.suppress(UpdateFinishedTrialError):  # this worker counted as dead, and another has the run
+        with contextlib.suppress(UpdateFinishedTrialError):  # taken over in the last moment
             trial.set_user_attr("finished", {"point": point, "changes": changes, "seed": told["seed"], **result})
             self.study.tell(trial, result["held_out"][self.sweep.metric], skip_if_finished=True)
         return None
@@ -218,16 +223,25 @@ def _open_study(sweep: Sweep, storage: str) -> optuna.Study:
 
 
 @contextlib.contextmanager
-def _sign_of_life(trial: optuna.Trial) -> Iterator[None]:
-    """Tell the others now and then that this trial's worker lives."""
+def _sign_of_life(trial: optuna.Trial, lost: threading.Event) -> Iterator[None]:
+    """Tell the others now and then that this trial's worker lives.
+
+    If they have given it up all the same (this process was suspended, say), two would work in one directory: then `lost` is
+    set, and the main thread interrupted.
+    """
     stop = threading.Event()
 
     def tell() -> None:
-        while True:
-            with contextlib.suppress(UpdateFinishedTrialError, StorageInternalError):  # given up by another; storage away for a moment
+        while not stop.is_set():
+            try:
                 trial.set_user_attr("alive", time.time())
-            if stop.wait(_SIGN_OF_LIFE):
+            except UpdateFinishedTrialError:
+                lost.set()
+                _thread.interrupt_main()
                 return
+            except StorageInternalError:  # away for a moment
+                pass
+            stop.wait(_SIGN_OF_LIFE)
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()

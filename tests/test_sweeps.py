@@ -239,6 +239,28 @@ def test_a_dead_workers_run_is_taken_up_by_one_other_and_a_living_ones_is_not(sp
     assert len(living._trials(TrialState.RUNNING)) == 1
 
 
+def test_a_worker_that_was_given_up_while_suspended_leaves_its_run_to_the_other(spec, trained, monkeypatch):
+    whole, first = workers.train, []
+
+    def slow(config, run, command):
+        if not first:  # meanwhile another worker has given this one up
+            first.append(run.name)
+            (mine,) = worker(spec)._trials(TrialState.RUNNING)
+            worker(spec).study.tell(mine.number, state=TrialState.FAIL)
+            for _ in range(400):
+                time.sleep(0.05)
+        return whole(config, run, command)
+
+    monkeypatch.setattr(workers, "train", slow)
+    monkeypatch.setattr(workers, "_SIGN_OF_LIFE", 0.05)
+    started = time.monotonic()
+    assert worker(spec).work(limit=8) == {}
+    assert time.monotonic() - started < 15
+    assert first == ["learning_rate=0.1-init=normal-seed-0"] and finished(spec) == ORDER[1:]
+    worker(spec).work()
+    assert sorted(finished(spec)) == sorted(ORDER)
+
+
 def test_a_run_that_kills_its_worker_again_and_again_is_left_alone_within_a_call(spec, trained):
     for _ in range(3):
         one = worker(spec, {"seeds": [0], "grid.prefix.init": ["zero"], "grid.learning_rate": [0.1]}, patience=0.0)
