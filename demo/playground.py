@@ -12,7 +12,7 @@ from demo.checkpoints import Checkpoint, find_checkpoints
 from ptv2.errors import InputError
 from ptv2.squad import load_examples
 
-MAX_TEXT, MAX_QUESTION = 50_000, 1_000  # characters
+MAX_TEXT, MAX_QUESTION = 20_000, 1_000  # characters; others wait while a text is read
 MAX_METHODS = 6  # side by side
 MAX_QUESTIONS = 1_000  # scored of one file
 MAX_FILE_BYTES = 5 * 2**20

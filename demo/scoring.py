@@ -13,7 +13,7 @@ from ptv2.errors import InputError
 from ptv2.metrics import Scores, normalise, score, score_each
 from ptv2.squad import Example, load_examples
 
-AT_A_TIME = 8  # questions between two looks at the progress
+AT_A_TIME, CHARACTERS = 8, 10_000  # questions, or characters of text, that are read before others have their turn
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def score_questions(models: Models, chosen: list[Example], of: int, checkpoints:
     """
     answers: dict[str, list[str]] = {checkpoint.name: [] for checkpoint in checkpoints}
     problems: dict[str, str] = {}
-    for begin in range(0, len(chosen), AT_A_TIME):
-        yield begin
-        some = chosen[begin : begin + AT_A_TIME]
+    done = 0
+    for some in _portions(chosen):
+        yield done
+        done += len(some)
         asked = [checkpoint for checkpoint in checkpoints if checkpoint.name not in problems]
         replies = models.ask([example.question for example in some], [example.context for example in some], asked)
         for name, replied in replies.items():
@@ -80,6 +81,17 @@ def score_questions(models: Models, chosen: list[Example], of: int, checkpoints:
     scores = {name: score(given, chosen) for name, given in by_id.items()}
     f1 = {name: score_each(given, chosen)[1].tolist() for name, given in by_id.items()}
     yield Report(chosen, of, scores, answers, f1, list(problems.values()))
+
+
+def _portions(examples: list[Example]) -> Iterator[list[Example]]:
+    portion: list[Example] = []
+    for example in examples:
+        portion.append(example)
+        if len(portion) == AT_A_TIME or sum(len(one.context) for one in portion) >= CHARACTERS:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
 
 
 def report_dict(report: Report) -> dict:

@@ -227,7 +227,7 @@ def test_what_nobody_can_answer_gets_one_sentence(open_page):
     page.locator("#question textarea").fill("Who?")
     page.locator("#text textarea").fill("a " * 500_000)
     page.get_by_role("button", name="Ask", exact=True).click()
-    expect(page.locator("#answers [role=alert]")).to_contain_text("The text has 1,000,000 characters; the limit here is 50,000")
+    expect(page.locator("#answers [role=alert]")).to_contain_text("The text has 1,000,000 characters; the limit here is 20,000")
     page.locator("#text textarea").fill("\x00 \x07")
     page.get_by_role("button", name="Ask", exact=True).click()
     page.locator("#answers .card").first.wait_for()  # control characters alone: no word to point at
@@ -336,7 +336,7 @@ def test_limits_of_a_file_are_enforced(open_page, client, tmp_path):
     page = open_page()
     (tmp_path / "huge.json").write_bytes(b" " * 5_300_000)
     page.get_by_role("tab", name="Score a file").click()
-    assert "at most 5 MB and 50,000 characters a text; up to 1,000" in page.locator("main, body").first.inner_text()
+    assert "at most 5 MB and 20,000 characters a text; up to 1,000" in page.locator("main, body").first.inner_text()
     page.locator("#file input[type=file]").set_input_files(tmp_path / "huge.json")
     page.get_by_text(re.compile(r"exceed the maximum allowed size of 5\D")).first.wait_for()
     page.get_by_role("button", name="Score", exact=True).click()
@@ -480,7 +480,7 @@ def test_the_api_answers_in_characters_of_the_text(client):
         (("", TEXT, "p-tuning-v2"), "The question is empty"),
         (("Who?", "\n \t", "p-tuning-v2"), "The text is empty"),
         (("Who? " * 300, TEXT, "p-tuning-v2"), "The question has 1,500 characters; the limit here is 1,000"),
-        (("Who?", TEXT * 600, "p-tuning-v2"), "characters; the limit here is 50,000"),
+        (("Who?", TEXT * 600, "p-tuning-v2"), "characters; the limit here is 20,000"),
         (("Who?", TEXT, "../../../etc"), r"\.\./\.\./\.\./etc is not there \(any more\): choose among p-tuning-v2, fine-tuning, head-only"),
         (("Who?", TEXT, {"a": 1}), "The methods must be a list of names"),
         ((5, TEXT, "p-tuning-v2"), "The question is empty"),

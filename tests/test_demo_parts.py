@@ -184,6 +184,13 @@ def test_a_report_in_every_form(tmp_path):
     assert '"in_file": 9' in Path(record).read_text()
 
 
+def test_long_texts_are_scored_in_small_portions():
+    examples = [Example(str(i), "", "Who?", "x" * length, ()) for i, length in enumerate([10] * 17 + [20_000] * 2 + [6000] * 3)]
+    portions = list(scoring._portions(examples))
+    assert [len(portion) for portion in portions] == [8, 8, 2, 1, 2, 1]
+    assert [example for portion in portions for example in portion] == examples
+
+
 def test_names_are_chosen_within_limits(monkeypatch, tmp_path):
     playground = Playground()
     assert [one.name for one in playground.choose(None)] == ["p-tuning-v2", "fine-tuning", "head-only"]
