@@ -123,13 +123,13 @@ def _colour(name: str) -> str:
 def draw_train(record: dict) -> Figure:
     """Examples per second of every contender, with the range over the rounds."""
     methods = {name: (m["title"], m["examples_per_second"]) for name, m in record["methods"].items()}
-    return _bars(methods, "training examples per second (bar: median, line: range of the rounds)")
+    return _bars(methods, "training examples per second (bar: median, line: short to long texts)")
 
 
 def draw_answer(record: dict) -> Figure:
     """Windows per second of every contender, with the range over the rounds."""
     methods = {name: (m["title"], m["windows_per_second"]) for name, m in record["methods"].items()}
-    return _bars(methods, "windows answered per second (bar: median, line: range of the rounds)")
+    return _bars(methods, "windows answered per second (bar: median, line: range)")
 
 
 def _bars(methods: dict[str, tuple[str, dict]], label: str, digits: int = 1) -> Figure:
@@ -145,7 +145,7 @@ def _bars(methods: dict[str, tuple[str, dict]], label: str, digits: int = 1) -> 
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_axisbelow(True)
-        axes.set_xlabel(label)
+        figure.supxlabel(label, fontsize=10)  # centred below the names, too, for it may be wider than the axes
     return figure
 
 
@@ -197,7 +197,7 @@ def draw_accuracy(record: dict) -> Figure:
 def draw_leads(record: dict) -> Figure:
     """How many times as fast each lead is as what is done now."""
     rows = {f"{lead['lead']} ({lead['at']})": ("", lead["times_as_fast"]) for lead in record["leads"]}
-    figure = _bars({name: (name, values) for name, (_, values) in rows.items()}, "times as fast as now (line: range of the rounds)", 2)
+    figure = _bars({name: (name, values) for name, (_, values) in rows.items()}, "times as fast as now (line: range)", 2)
     figure.axes[0].axvline(1, color="#999999", linestyle="--", linewidth=1, zorder=0)
     return figure
 
