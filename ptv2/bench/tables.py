@@ -14,7 +14,7 @@ OURS, PEER, FULL = "#0072B2", "#737373", "#D55E00"  # Okabe and Ito's
 
 def table(record: dict) -> str:
     """The record as Markdown."""
-    return _FORMS[kind(record)][0](record)
+    return "\n\n".join(write(record) for write in _FORMS[kind(record)][0].values())
 
 
 def _spread(values: dict[str, float], digits: int = 1) -> str:
@@ -35,17 +35,20 @@ def _train_table(record: dict) -> str:
         ]
         for other, method in record["methods"].items()
     ]
-    limits = [
+    return markdown_table(head, rows)
+
+
+def _limits_table(record: dict) -> str:
+    rows = [
         [
-            titles[name],
+            record["methods"][name]["title"],
             f"{limit['product_rate']['median'] / 1e9:,.0f}",
             f"{100 * limit['share']['median']:.0f} % [{100 * limit['share']['min']:.0f}, {100 * limit['share']['max']:.0f}]",
             ", ".join(f"{group} {100 * share:.0f} %" for group, share in limit["profile"].items() if share >= 0.01),
         ]
         for name, limit in record["limits"].items()
     ]
-    second = markdown_table(["", "matrix products, GFLOP/s", "share of the limit reached", "where the step's time goes"], limits)
-    return f"{markdown_table(head, rows)}\n\n{second}\n\n{_aims_table(record)}"
+    return markdown_table(["", "matrix products, GFLOP/s", "share of the limit reached", "where the step's time goes"], rows)
 
 
 def _aims_table(record: dict) -> str:
@@ -202,12 +205,12 @@ def draw_leads(record: dict) -> Figure:
     return figure
 
 
-_FORMS = {  # the part of a record that tells which benchmark wrote it -> its table and its figure
-    "limits": (_train_table, draw_train),
-    "curves": (_scale_table, draw_scale),
-    "sooner": (_accuracy_table, draw_accuracy),
-    "leads": (_leads_table, draw_leads),
-    "windows": (_answer_table, draw_answer),
+_FORMS = {  # the part of a record that tells which benchmark wrote it -> its tables by name, and its figure
+    "limits": ({"": _train_table, " limits": _limits_table, " aims": _aims_table}, draw_train),
+    "curves": ({"": _scale_table}, draw_scale),
+    "sooner": ({"": _accuracy_table}, draw_accuracy),
+    "leads": ({"": _leads_table}, draw_leads),
+    "windows": ({"": _answer_table}, draw_answer),
 }
 
 
@@ -222,15 +225,17 @@ def draw(record: dict, path: Path) -> None:
 
 
 def report(folder: Path, files: list[Path]) -> None:
-    """Draw every record of a folder beside it, and put its table into the files that have a place for it, by its name.
+    """Draw every record of a folder beside it, and put its tables into the files that have a place for them.
 
     Args:
-        files: of Markdown; the place of train.json is between <!-- speed: train --> and <!-- /speed: train -->.
+        files: of Markdown; the places of train.json are between <!-- speed: train --> and <!-- /speed: train -->, and the same
+            with "train limits" and "train aims".
     """
     for file in sorted(folder.glob("*.json")):
         record = records.read_json(file)
         draw(record, file.with_suffix(""))
-        opening, closing = f"<!-- speed: {file.stem} -->", f"<!-- /speed: {file.stem} -->"
-        for text in files:
-            if opening in text.read_text(encoding="utf-8"):
-                put_into(text, table(record), opening, closing)
+        for name, write in _FORMS[kind(record)][0].items():
+            opening, closing = f"<!-- speed: {file.stem}{name} -->", f"<!-- /speed: {file.stem}{name} -->"
+            for text in files:
+                if opening in text.read_text(encoding="utf-8"):
+                    put_into(text, write(record), opening, closing)
