@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -198,3 +200,17 @@ def test_the_command_prints_one_object_and_a_table(tiny_bert, tmp_path, capsys):
 def test_bad_options_have_their_sentence(options, said, capsys):
     assert main(["bench", "train", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_tables_in_the_texts_are_those_of_the_records(tmp_path):
+    texts = [REPOSITORY / "README.md", REPOSITORY / "results" / "speed.md"]
+    copies = [tmp_path / text.name for text in texts]
+    for text, copy in zip(texts, copies, strict=True):
+        copy.write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
+    recorded = tmp_path / "speed"
+    shutil.copytree(REPOSITORY / "results" / "speed", recorded)
+    tables.report(recorded, copies)
+    for text, copy in zip(texts, copies, strict=True):
+        assert copy.read_text(encoding="utf-8") == text.read_text(encoding="utf-8"), f"{text.name}: run make report"
+    for figure in (REPOSITORY / "results" / "speed").glob("*.svg"):
+        assert (recorded / figure.name).stat().st_size == pytest.approx(figure.stat().st_size, rel=0.2)
