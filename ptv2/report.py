@@ -149,4 +149,6 @@ def with_interval(value: dict) -> str:
 
 def bytes_text(count: int) -> str:
     """ "90.3 MB" or "593 kB"."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"

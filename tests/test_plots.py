@@ -21,7 +21,7 @@ from ptv2.plots import (
     draw_training,
     show,
 )
-from ptv2.report import markdown_table, put_into, read_results, results_table
+from ptv2.report import bytes_text, markdown_table, put_into, read_results, results_table
 
 
 def write_run(folder: Path, method: str, trained: int, f1: float | None, status: str = "finished") -> None:
@@ -73,6 +73,11 @@ def test_the_table_sets_the_mean_over_seeds_against_fine_tuning(folder):
     assert results_table(read_results([folder])).endswith(
         "P-tuning v2: mean F1 61.0 over 2 seeds (60.0 to 62.0), 92.4 % of full fine-tuning's 66.0."
     )
+
+
+@pytest.mark.parametrize(("count", "text"), [(592_904, "593 kB"), (90_264_584, "90.3 MB"), (9_026_458_400, "9.0 GB")])
+def test_sizes_have_the_unit_that_reads_best(count, text):
+    assert bytes_text(count) == text
 
 
 def test_a_table_of_numbers_is_markdown():
