@@ -63,8 +63,7 @@ def run_notebooks(planned: list[Planned], run: Path, jobs: int, command: str) ->
         The outcomes in the order of `planned`: notebook, title, status ("finished" or "failed"), error, seconds, checks,
         parameters, and what repeats the run.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = _environment(jobs)
     provenance = {
         "command": command, "date": records.now(), "versions": records.versions(), "git_commit": records.git_commit(),
         "machine": {**records.machine(), "threads": int(environment["OMP_NUM_THREADS"])},
@@ -86,22 +85,18 @@ def run_notebooks(planned: list[Planned], run: Path, jobs: int, command: str) ->
     return [outcomes[notebook.name] for notebook in planned]
 
 
+def _environment(jobs: int) -> dict[str, str]:
+    """That of a kernel, with its share of the cores unless the number of threads is set from outside."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+
+
 def _run_one(notebook: Planned, run: Path, environment: dict[str, str]) -> dict:
     figures = run / "figures" / notebook.name
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir(parents=True)
     parameters = {**notebook.parameters, "output_dir": str(figures)}
-    output, error, started = run / notebook.path.name, None, time.monotonic()
-    output.unlink(missing_ok=True)
-    try:
-        execute_notebook(
-            notebook.path, output, parameters, engine_name="ptv2", folder=notebook.path.parent.resolve(), environment=environment,
-            progress_bar={"desc": notebook.name, "leave": False, "file": sys.stderr},
-        )  # fmt: skip
-    except PapermillExecutionError as failed:
-        error = f"{failed.ename} in cell {failed.exec_count}: {failed.evalue}".partition("\n")[0]
-    except Exception as failed:  # the kernel died or never came up; the others go on
-        error = f"{type(failed).__name__}: {failed}".partition("\n")[0]
+    output, started = run / notebook.path.name, time.monotonic()
+    error = _execute(notebook.path, output, parameters, environment)
     executed = nbformat.read(output, 4) if output.is_file() else nbformat.read(notebook.path, 4)
     return {
         "notebook": notebook.name,
@@ -112,6 +107,21 @@ def _run_one(notebook: Planned, run: Path, environment: dict[str, str]) -> dict:
         "parameters": deciding(notebook.parameters),
         "checks": collect_checks(executed),
     }
+
+
+def _execute(path: Path, output: Path, parameters: dict[str, object] | None, environment: dict[str, str]) -> str | None:
+    """Run a notebook in its own folder into `output`, which keeps an error; the error in a line, or None."""
+    output.unlink(missing_ok=True)
+    try:
+        execute_notebook(
+            path, output, parameters, engine_name="ptv2", folder=path.parent.resolve(), environment=environment,
+            progress_bar={"desc": path.stem, "leave": False, "file": sys.stderr},
+        )  # fmt: skip
+    except PapermillExecutionError as failed:
+        return f"{failed.ename} in cell {failed.exec_count}: {failed.evalue}".partition("\n")[0]
+    except Exception as failed:  # the kernel died or never came up; the others go on
+        return f"{type(failed).__name__}: {failed}".partition("\n")[0]
+    return None
 
 
 def title(notebook: NotebookNode) -> str:
@@ -163,10 +173,10 @@ def record(planned: list[Planned], outcomes: list[dict]) -> list[Path]:
 
 
 def store(planned: list[Planned], outcomes: list[dict], run: Path) -> list[Path]:
-    """Put the outputs of finished notebooks whose checks did not fail back into the suite, cleaned.
+    """Put the outputs of finished notebooks whose checks did not fail back into the suite, cleaned; run and store their solutions.
 
     Returns:
-        The notebooks written.
+        The notebooks written; a solution that fails is named on stderr and stays as it was.
 
     Raises:
         InputError: a notebook was changed while it ran.
@@ -175,12 +185,24 @@ def store(planned: list[Planned], outcomes: list[dict], run: Path) -> list[Path]
     for notebook, outcome in zip(planned, outcomes, strict=True):
         if outcome["error"] or any(check["passed"] is False for check in outcome["checks"]):
             continue
-        executed = cleaned(nbformat.read(run / notebook.path.name, 4), notebook.path.parent.resolve().parent)
-        if [cell.source for cell in executed.cells] != [cell.source for cell in nbformat.read(notebook.path, 4).cells]:
-            raise InputError(f"{notebook.path} was changed while it ran; run it again.")
-        nbformat.write(executed, notebook.path)
-        written.append(notebook.path)
+        written.append(_store_one(run / notebook.path.name, notebook.path, notebook.path.parent))
+        solution, executed = (folder / "solutions" / notebook.path.name for folder in (notebook.path.parent, run))
+        if not solution.is_file():
+            continue
+        executed.parent.mkdir(exist_ok=True)
+        if error := _execute(solution, executed, None, _environment(jobs=1)):
+            print(f"{solution} is not stored: {error}", file=sys.stderr)
+        else:
+            written.append(_store_one(executed, solution, notebook.path.parent))
     return written
+
+
+def _store_one(executed: Path, path: Path, folder: Path) -> Path:
+    notebook = cleaned(nbformat.read(executed, 4), folder.resolve().parent)
+    if [cell.source for cell in notebook.cells] != [cell.source for cell in nbformat.read(path, 4).cells]:
+        raise InputError(f"{path} was changed while it ran; run it again.")
+    nbformat.write(notebook, path)
+    return path
 
 
 def cleaned(notebook: NotebookNode, repository: Path) -> NotebookNode:

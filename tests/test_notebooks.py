@@ -225,6 +225,8 @@ def suite(tmp_path_factory):
     write_notebook(notebooks, "03_differs", DIFFERS)
     write_notebook(notebooks, "04_draws", FIGURE)
     write_notebook(notebooks, "05_dies", "import os\nos.kill(os.getpid(), 9)")
+    write_notebook(notebooks / "solutions", "01_works", "import os\nprint(os.getcwd())", parameters="1 + 1")
+    write_notebook(notebooks / "solutions", "04_draws", "raise ValueError", parameters="1 + 1")
     results.mkdir(parents=True)
     (results / "quick.json").write_text(json.dumps({"03_differs": {"values": {"F1": 13.0}, "parameters": {}}, "09_old": {"values": {}}}))
     return root
@@ -236,11 +238,11 @@ def run(root: Path, *words: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(suite):
-    """The suite after `--jobs 2 --record --store`: its folder, the exit status, stdout, and the sources as they were."""
+    """The suite after `--jobs 2 --record --store`: its folder, exit status and output, and the sources as they were."""
     sources = {path.stem: path.read_text() for path in sorted((suite / "notebooks").glob("*.ipynb"))}
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
         status = run(suite, "--jobs", "2", "--record", "--store")
-    return SimpleNamespace(root=suite, status=status, stdout=stdout.getvalue(), sources=sources)
+    return SimpleNamespace(root=suite, status=status, stdout=stdout.getvalue(), stderr=stderr.getvalue(), sources=sources)
 
 
 def test_a_failing_notebook_stops_nothing_and_shows_in_the_exit_status(finished):
@@ -295,6 +297,10 @@ def test_outputs_are_stored_cleaned_where_all_went_well(finished):
     noisy = stored.cells[3]
     assert [output.output_type for output in noisy.outputs] == ["stream", "execute_result"]
     assert noisy.outputs[0].text.startswith("before\nin notebooks with ")  # relative to the repository, one stream
+    assert flaws(notebooks / "solutions" / "01_works.ipynb") == []
+    solution = nbformat.read(notebooks / "solutions" / "01_works.ipynb", 4)
+    assert solution.cells[2].outputs[0].text == "notebooks/solutions\n"
+    assert "04_draws.ipynb is not stored: ValueError in cell 2" in finished.stderr
     drawn = nbformat.read(notebooks / "04_draws.ipynb", 4).cells[2].outputs
     assert [set(output.data) for output in drawn] == [{"image/png", "text/plain"}]
 
@@ -370,15 +376,9 @@ def flaws(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_stored_notebooks_hold_the_clean_outputs_of_one_run(path):
     assert flaws(path) == []
-
-
-@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
-def test_stored_solutions_are_clean(path):
-    assert set(flaws(path)) <= {"not the outputs of one whole run"}  # they may come without any
-    assert path.stem in {notebook.stem for notebook in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -407,7 +407,7 @@ def test_a_notebook_opens_with_its_title_and_closes_with_findings_and_three_exer
     found, exercises = headings.index("What was found"), headings.index("Exercises")
     assert len(sections) - 3 <= found < exercises  # at most references follow
     assert len(re.findall(r"^\d\. ", sections[exercises], re.M)) == 3
-    assert path.stem in {solution.stem for solution in SOLUTIONS}
+    assert (path.parent / "solutions" / path.name) in SOLUTIONS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
