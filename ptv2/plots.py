@@ -184,7 +184,9 @@ def draw_rows(rows: Sequence[str], series: dict[str, Sequence[float | Interval]]
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(xlabel)
         if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=len(series), frameon=False, labelcolor="linecolor")
+            figure.legend(
+                loc="outside upper left", ncols=len(series), frameon=False, labelcolor="linecolor", handlelength=1.2, columnspacing=1.2
+            )
     return figure
 
 
