@@ -5,10 +5,61 @@ import torch
 from test_attention import CLOSE, make_batch, make_model
 
 from ptv2.answers import AnswerConfig, best_spans
-from ptv2.backbone import load_tokenizer, resolve_backbone
+from ptv2.backbone import load_backbone, load_tokenizer, resolve_backbone
 from ptv2.features import WindowConfig, make_features
 from ptv2.inside import attention_to_prefix
+from ptv2.prefix import AttentionShape, PrefixConfig, PrefixEncoder, prefix_parameter_count, to_past_key_values, unflatten
 from ptv2.squad import load_examples
+
+
+@pytest.mark.parametrize("P", [1, 5])
+@pytest.mark.parametrize("shape", [AttentionShape(3, 4, 8, 32), AttentionShape(2, 3, 16, 48)])
+def test_01_the_prefix_encoder_in_both_forms(built, shape, P):
+    notebook = built("01_prefix_encoder")
+    L, E, M = shape.num_layers, shape.hidden_size, 12
+    for projection, ours, count in (
+        (False, notebook["EmbeddingPrefix"](P, L, E), notebook["embedding_count"](P, L, E)),
+        (True, notebook["MLPPrefix"](P, L, E, M), notebook["mlp_count"](P, L, E, M)),
+    ):
+        config = PrefixConfig(P, prefix_projection=projection, prefix_hidden_size=M)
+        package = PrefixEncoder(config, shape)
+        ours.load_state_dict(package.state_dict())
+        assert torch.equal(ours(), package.flat())
+        assert torch.equal(notebook["cut"](ours(), L, shape.num_heads), package())
+        assert count == prefix_parameter_count(config, shape)
+
+
+def test_02_rows_to_pairs(built):
+    shape, B, P = AttentionShape(3, 4, 8, 32), 2, 5
+    rows = torch.randn(P, 2 * shape.num_layers * shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    pairs = built("02_past_key_values")["rows_to_pairs"](rows.expand(B, -1, -1), shape.num_layers, shape.num_heads)
+    wanted = to_past_key_values(unflatten(rows, shape.num_layers, shape), B).layers
+    assert len(pairs) == len(wanted) == shape.num_layers
+    for (key, value), layer in zip(pairs, wanted, strict=True):
+        assert torch.equal(key, layer.keys) and torch.equal(value, layer.values)
+
+
+@pytest.mark.parametrize("lengths", [(12, 7, 4), (9, 9, 9)])
+def test_02_attention_with_a_prefix(built, tiny_bert, lengths):
+    notebook = built("02_past_key_values")
+    model = make_model(tiny_bert, "sdpa")
+    batch = make_batch(model.backbone.config, lengths)
+    plain = load_backbone(model.source)
+    alone = plain(**batch).last_hidden_state
+    plain.set_attn_implementation("notebook_sdpa")
+    assert torch.equal(plain(**batch).last_hidden_state, alone)  # without a prefix it is what it was
+    leaf = model.prefix_encoder.flat().detach().clone().requires_grad_()
+    notebook["prefix_of_layer"][:] = notebook["rows_to_pairs"](leaf.expand(len(lengths), -1, -1), 2, 4)
+    ours = plain(**batch).last_hidden_state
+    wanted = model.encode(batch)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], wanted[real], **CLOSE)
+    assert (ours - alone)[real].abs().max() > 0.1
+    gradients = [
+        torch.autograd.grad(hidden[real].square().sum(), by)[0]
+        for hidden, by in ((ours, leaf), (wanted, model.prefix_encoder.embedding.weight))
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("max_length", "stride"), [(80, 0), (96, 32), (384, 128)])
