@@ -17,10 +17,10 @@ from torch import Tensor
 from demo.checkpoints import Checkpoint
 from ptv2.answers import Prediction, QuestionAnswerer
 from ptv2.bank import BANKABLE
+from ptv2.checkpoint import read_description
 from ptv2.errors import InputError
 from ptv2.features import collate, make_features
 from ptv2.inside import attention_to_prefix
-from ptv2.methods import read_description
 from ptv2.model import PrefixModelForQuestionAnswering
 from ptv2.squad import Example
 

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from ptv2.backbone import default_device, load_tokenizer
 from ptv2.bank import PrefixBank
+from ptv2.checkpoint import DESCRIPTION_FILE, read_description
 from ptv2.errors import InputError
 from ptv2.features import WindowConfig, batches_by_length, collate, make_features
-from ptv2.methods import load_model, read_description
-from ptv2.model import DESCRIPTION_FILE, SpanModel
+from ptv2.methods import load_model
+from ptv2.model import SpanModel
 from ptv2.squad import Example
 
 MAX_CONTEXT_CHARACTERS = 1_000_000

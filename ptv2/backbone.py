@@ -68,12 +68,21 @@ def resolve_backbone(name: str) -> Backbone:
 
 
 def _described(name: str, path: Path) -> Backbone:
-    weights = sorted(path.glob("*.safetensors"))
     if not (path / "config.json").is_file():
         raise InputError(f"{path} holds no config.json: it is not a backbone's directory.")
+    return Backbone(name, path, weights_sha256(path))
+
+
+def weights_sha256(path: Path) -> str:
+    """The hash, hexadecimal, of a directory's safetensors files, a backbone's or a checkpoint's.
+
+    Raises:
+        InputError: there are none.
+    """
+    weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{path} holds no safetensors weights; convert them first, other formats are not read.")
-    return Backbone(name, path, _sha256(tuple((file, file.stat().st_mtime_ns) for file in weights)))
+    return _sha256(tuple((file, file.stat().st_mtime_ns) for file in weights))
 
 
 @lru_cache(maxsize=16)

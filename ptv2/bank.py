@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from ptv2.attention import LayerPrefix, open_to_prefix, prefix_for_forward, shifted_position_ids
+from ptv2.checkpoint import read_description
 from ptv2.errors import InputError
-from ptv2.methods import load_model, read_description
+from ptv2.methods import load_model
 from ptv2.model import PrefixModelForQuestionAnswering, SpanModel, span_logits
 
 BANKABLE = ("p-tuning-v2", "head-only")  # methods that leave the backbone, and what flows through it, as it was

@@ -183,8 +183,6 @@ def _kind(hint) -> tuple[type, bool]:
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
-    if typing.get_origin(hint) is typing.Literal:
-        return str, False
     return hint, False
 
 

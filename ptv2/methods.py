@@ -1,6 +1,5 @@
 """One table of methods: how each is built on a backbone, what it trains, how many numbers that is, and how fast it learns."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ptv2.attention import AttentionShape, attention_shape, text_positions
 from ptv2.backbone import Backbone, fast_dtype, load_backbone, resolve_backbone
+from ptv2.checkpoint import Description, start_from
 from ptv2.errors import InputError
-from ptv2.model import DESCRIPTION_FILE, PrefixModelForQuestionAnswering, SpanModel
+from ptv2.model import PrefixModelForQuestionAnswering, SpanModel
 from ptv2.prefix import PrefixConfig, prefix_parameter_count
 
 
@@ -179,7 +179,8 @@ def build_model(
     Args:
         method: a name in METHODS.
         backbone: directory or hub name.
-        prefix: of p-tuning-v2; its prefix_length is also the number of prompt-tuning's vectors.
+        prefix: of p-tuning-v2; its prefix_length is also the number of prompt-tuning's vectors, and its init, where it
+            names a checkpoint, any method's start.
         lora_rank: of lora.
         texts: training text for init="activations"; the embedded corpus if None.
         seed: of everything drawn at the start.
@@ -187,12 +188,14 @@ def build_model(
         attn_implementation: "sdpa", "eager", ...; None takes the fastest one.
 
     Raises:
-        InputError: unknown method or backbone.
+        InputError: unknown method or backbone, or a checkpoint to start from that is not of these.
     """
-    found = resolve_backbone(backbone)
-    model = _build(method, found, load_backbone(found, attn_implementation), prefix or PrefixConfig(), lora_rank, seed)
+    found, prefix = resolve_backbone(backbone), prefix or PrefixConfig()
+    model = _build(method, found, load_backbone(found, attn_implementation), prefix, lora_rank, seed)
     if isinstance(model, PrefixModelForQuestionAnswering):
         model.initialise(texts, seed)
+    elif prefix.checkpoint is not None:
+        start_from(model, prefix.checkpoint)
     return model.freeze_in(fast_dtype(precision))
 
 
@@ -217,41 +220,17 @@ def load_model(
         InputError: the checkpoint is broken, or the backbone found is not the one it was trained on.
     """
     path = Path(path)
-    described = read_description(path)
-    try:
-        name, expected = str(described["backbone"]["name"]), str(described["backbone"]["sha256"])
-        method, rank = str(described["method"]), described.get("lora_rank", 8)
-        prefix = PrefixConfig(**described.get("prefix", {}))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path / DESCRIPTION_FILE} is not a ptv2 description ({error}): save the checkpoint again.") from error
-    backbone = resolve_backbone(name) if beside is None else beside.source
-    if backbone.sha256 != expected:
+    described = Description.read(path)
+    backbone = resolve_backbone(described.backbone) if beside is None else beside.source
+    if backbone.sha256 != described.sha256:
         raise InputError(
-            f"{path} was trained on a backbone with sha256 {expected[:12]}..., but {backbone.name} is {backbone.sha256[:12]}...: "
+            f"{path} was trained on a backbone with sha256 {described.sha256[:12]}..., but {backbone.name} is {backbone.sha256[:12]}...: "
             "give the backbone it was trained on, or train again."
         )
     encoder = load_backbone(backbone, attn_implementation) if beside is None else beside.backbone
-    model = _build(method, backbone, encoder, prefix, rank, 0)
+    model = _build(described.method, backbone, encoder, described.prefix, described.lora_rank, 0)
     model.load_pretrained(path)
     return model.freeze_in(fast_dtype(precision)).eval()
-
-
-def read_description(path: Path) -> dict:
-    """ptv2.json of a checkpoint directory.
-
-    Raises:
-        InputError: it is missing or broken.
-    """
-    file = path / DESCRIPTION_FILE
-    if not file.is_file():
-        raise InputError(f"{path} holds no {DESCRIPTION_FILE}: it is not a checkpoint of ptv2.")
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}): copy or save the checkpoint again.") from error
-    if not isinstance(described, dict):
-        raise InputError(f"{file} must hold a JSON object: copy or save the checkpoint again.")
-    return described
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from ptv2.attention import (
     text_positions,
 )
 from ptv2.backbone import Backbone, fast_dtype, load_backbone, load_tokenizer, resolve_backbone
+from ptv2.checkpoint import DESCRIPTION_FILE, start_from
 from ptv2.errors import InputError
 from ptv2.prefix import PrefixConfig, PrefixEncoder
 
-DESCRIPTION_FILE = "ptv2.json"
 WEIGHTS_FILE = "model.safetensors"
 DELTA_FILE = "delta.safetensors"  # fully fine-tuned weights as a difference to the backbone
 
@@ -228,6 +228,9 @@ class PrefixModelForQuestionAnswering(SpanModel):
     def initialise(self, texts: list[str] | None, seed: int) -> None:
         """Start the prefix as its config says; see `from_backbone` for `texts`."""
         encoder = self.prefix_encoder
+        if encoder.config.checkpoint is not None:
+            start_from(self, encoder.config.checkpoint)
+            return
         if encoder.config.init == "normal":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -261,8 +264,10 @@ class PrefixModelForQuestionAnswering(SpanModel):
             return self.backbone(**inputs).last_hidden_state
 
     def description(self) -> dict:
-        """As it is stored: the MLP, if there was one, is folded into plain keys and values."""
-        return {**super().description(), "prefix": {**self.prefix_encoder.config.to_dict(), "prefix_projection": False}}
+        """As it is stored: the MLP, if there was one, is folded into plain keys and values; no path, as none is needed again."""
+        config = self.prefix_encoder.config
+        init = config.init if config.checkpoint is None else f".../{config.checkpoint.resolve().name}"
+        return {**super().description(), "prefix": {**config.to_dict(), "prefix_projection": False, "init": init}}
 
     def save_pretrained(self, path: str | Path, **more: dict) -> None:
         """Write the prefix and the head as a PEFT adapter, the MLP folded into plain keys and values, and ptv2.json."""

@@ -10,13 +10,15 @@ the official `model/prefix_encoder.py` (https://github.com/THUDM/P-tuning-v2) an
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ptv2.errors import InputError
+
+INITIALISERS = ("normal", "zero", "activations")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class PrefixConfig:
         prefix_hidden_size: width of that network.
         prefix_dropout: probability with which a number of the prefix is zeroed in training, per example.
         init: "normal" draws from N(0, 1) as the official code does; "activations" takes the backbone's own keys and
-            values at random positions of training text; "zero" is all zero, which is no no-op: see `set_zero`.
+            values at random positions of training text; "zero" is all zero, which is no no-op: see `set_zero`. A
+            directory is a checkpoint of the same method, whatever that is: all trained weights start at those it holds.
         layers: indices of the layers that carry a prefix; None for all.
         shift_positions: number the text from P on, as `past_key_values` does in the official code and in PEFT.
 
@@ -42,7 +45,7 @@ class PrefixConfig:
     prefix_projection: bool = False
     prefix_hidden_size: int = 512
     prefix_dropout: float = 0.0
-    init: Literal["normal", "zero", "activations"] = "activations"
+    init: str = "activations"
     layers: tuple[int, ...] | None = None
     shift_positions: bool = False
 
@@ -53,13 +56,21 @@ class PrefixConfig:
                 raise InputError(f"{name} is {value}; it must be at least 1, a whole number.")
         if not 0.0 <= self.prefix_dropout < 1.0:
             raise InputError(f"prefix_dropout is {self.prefix_dropout}; it must be at least 0 and below 1.")
-        if self.init not in ("normal", "zero", "activations"):
-            raise InputError(f'init is "{self.init}"; it must be "normal", "zero" or "activations".')
+        object.__setattr__(self, "init", str(self.init))
+        # A path is looked at when a model starts there: what was trained from it is loaded where it may not exist.
+        is_place = self.init and ("/" in self.init or Path(self.init).is_dir())
+        if self.init not in INITIALISERS and not is_place:
+            raise InputError(f'init is "{self.init}"; it must be "normal", "zero" or "activations", or a directory with a checkpoint.')
         if self.layers is not None:
             layers = tuple(self.layers)
             if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
                 raise InputError(f"layers is {list(layers)}; it must be different layer indices in ascending order.")
             object.__setattr__(self, "layers", layers)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The directory that `init` names; None for a way to draw."""
+        return None if self.init in INITIALISERS else Path(self.init).expanduser()
 
     def to_dict(self) -> dict:
         return {**asdict(self), "layers": None if self.layers is None else list(self.layers)}

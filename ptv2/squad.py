@@ -69,11 +69,11 @@ def load_examples(source: str | Path, split: str = "train") -> list[Example]:
         return _read_file(path)
     if str(source).endswith((".json", ".gz")):
         raise InputError(f"{source} does not exist.")
-    return _read_dataset(str(source), _HUB_SPLITS[split])
+    return _read_dataset(str(source), split)
 
 
 def _read_file(path: Path) -> list[Example]:
-    return _checked(str(path), _walk(str(path), read_json(path)))
+    return checked_examples(str(path), _walk(str(path), read_json(path)))
 
 
 def read_json(path: Path) -> object:
@@ -95,15 +95,24 @@ def read_json(path: Path) -> object:
 
 
 def _read_dataset(name: str, split: str) -> list[Example]:
+    source = f"{name} ({_HUB_SPLITS[split]})"
+    return checked_examples(source, _rows(source, load_rows(name, split)))
+
+
+def load_rows(name: str, split: str):
+    """The rows of a data set, a `datasets.Dataset`: a hub name, NAME:CONFIG where there are several, or a local directory.
+
+    Raises:
+        InputError: it could not be loaded.
+    """
     import datasets  # slow to import, and files do without
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        name_only, _, config = name.partition(":")
+        return datasets.load_dataset(name_only, config or None, split=_HUB_SPLITS[split])
     except Exception as error:  # datasets, the hub, pyarrow and fsspec each raise their own kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(f'"{name}" is no file, and as a data set it could not be loaded: {type(error).__name__}: {reason}') from error
-    source = f"{name} ({split})"
-    return _checked(source, _rows(source, rows))
 
 
 def _rows(source: str, rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:
@@ -148,8 +157,12 @@ def _field(holder: object, name: str, kind: type | tuple, place: str):
     return holder[name]
 
 
-def _checked(source: str, rows: Iterable[tuple[str, dict]]) -> list[Example]:
-    """Examples from raw questions; all are looked at before the first problem is reported."""
+def checked_examples(source: str, rows: Iterable[tuple[str, dict]]) -> list[Example]:
+    """Examples from raw questions, each with its place; all are looked at before the first problem is reported.
+
+    Raises:
+        InputError: a question is wrong, or there are none.
+    """
     examples, problems, seen = [], [], set()
     for place, row in rows:
         problem = _problem(row, seen)
@@ -208,6 +221,7 @@ def hold_out(examples: list[Example], share: float, seed: int = 0) -> tuple[list
     """Split by article, so that no text is on both sides; an article with over a tenth of all questions is cut by paragraph.
 
     Args:
+        examples: or texts without questions; a title and a context is all that is looked at.
         share: of the questions to hold out, above 0 and below 1.
 
     Returns:

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -18,103 +18,18 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ptv2 import records
 from ptv2.answers import AnswerConfig, QuestionAnswerer
-from ptv2.backbone import DEFAULT_BACKBONE, fast_dtype, load_tokenizer, resolve_backbone
+from ptv2.backbone import fast_dtype, load_tokenizer, resolve_backbone, weights_sha256
+from ptv2.config import TrainingConfig
 from ptv2.errors import InputError
-from ptv2.features import MODEL_INPUTS, LengthGroupedSampler, WindowConfig, collate, make_features
-from ptv2.methods import METHODS, build_model, count_parameters
+from ptv2.features import MODEL_INPUTS, LengthGroupedSampler, collate, make_features
+from ptv2.methods import build_model, count_parameters
 from ptv2.metrics import score
 from ptv2.model import SpanModel
-from ptv2.prefix import PrefixConfig
 from ptv2.squad import Example, draw_examples, examples_sha256, hold_out, load_examples
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 _COMPLETE = "complete"  # written last into a training checkpoint: one without it was cut off by a kill
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """All that decides a run's result, the machine aside.
-
-    Args:
-        method: p-tuning-v2, fine-tuning, head-only, lora, prompt-tuning or bitfit.
-        backbone: directory or hub name of the pretrained encoder.
-        train_data: SQuAD files, hub data sets or "embedded"; several are joined.
-        answerable_only: leave unanswerable questions out, of the held-out ones too.
-        eval_data: questions on which the best checkpoint is picked; none holds out a part of the training articles.
-        held_out: share of the training questions to hold out where eval_data is not given.
-        max_train_questions: train on this many of the remaining questions, drawn with the seed; 0 for all.
-        epochs: passes over the training windows.
-        max_steps: stop after this many optimiser steps instead; 0 for epochs.
-        batch_size: windows per device and forward pass.
-        gradient_accumulation: forward passes per optimiser step.
-        learning_rate: of what the method trains beside the head; 0 for the method's default.
-        head_learning_rate: of the span head; 0 for the method's default.
-        weight_decay: of AdamW, on weights that are not biases or norms.
-        warmup: share of the steps over which the learning rate rises; it then falls linearly to 0.
-        max_grad_norm: to which the gradient is clipped; 0 for no clipping.
-        evaluations: how often per run the held-out questions are answered and a checkpoint is kept.
-        seed: of initialisation, order and dropout.
-        precision: "fp32", "bf16", "int8" or "auto" (bf16 where the machine has it built in, or else fp32).
-        lora_rank: of lora.
-        prefix: the prefix of p-tuning-v2; prefix_length also counts prompt-tuning's vectors.
-        windows: how texts are cut.
-
-    Raises:
-        InputError: a value is out of its range.
-    """
-
-    method: str = "p-tuning-v2"
-    backbone: str = DEFAULT_BACKBONE
-    train_data: tuple[str, ...] = ("embedded",)
-    answerable_only: bool = False
-    eval_data: str | None = None
-    held_out: float = 0.05
-    max_train_questions: int = 0
-    epochs: float = 3.0
-    max_steps: int = 0
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    learning_rate: float = 0.0
-    head_learning_rate: float = 0.0
-    weight_decay: float = 0.0
-    warmup: float = 0.1
-    max_grad_norm: float = 1.0
-    evaluations: int = 5
-    seed: int = 0
-    precision: str = "auto"
-    lora_rank: int = 8
-    prefix: PrefixConfig = field(default_factory=PrefixConfig)
-    windows: WindowConfig = field(default_factory=WindowConfig)
-
-    def __post_init__(self):
-        sources = (self.train_data,) if isinstance(self.train_data, str) else tuple(self.train_data)
-        object.__setattr__(self, "train_data", sources)
-        if self.method not in METHODS:
-            raise InputError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
-        if not self.train_data:
-            raise InputError("train_data is empty; name a file, a hub data set or embedded.")
-        for name in ("batch_size", "gradient_accumulation", "evaluations", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        not_negative = "learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm", "max_steps", "max_train_questions", "seed"
-        for name in not_negative:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        if self.seed >= 2**32:  # NumPy's limit
-            raise InputError(f"seed is {self.seed}; it must be below 2**32.")
-        if not 0 < self.epochs < float("inf"):
-            raise InputError(f"epochs is {self.epochs}; it must be above 0.")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup is {self.warmup}; it must be at least 0 and below 1.")
-        if self.eval_data is None and not 0 < self.held_out < 1:
-            raise InputError(f"held_out is {self.held_out}; it must be above 0 and below 1, or give eval_data.")
-        fast_dtype(self.precision)  # names the allowed values
-        for name in ("learning_rate", "head_learning_rate"):  # a record shall hold the rate itself
-            object.__setattr__(self, name, getattr(self, name) or getattr(METHODS[self.method], name))
-
-    def to_dict(self) -> dict:
-        return {**asdict(self), "train_data": list(self.train_data), "prefix": self.prefix.to_dict()}
 
 
 class QATrainer(Trainer):
@@ -227,10 +142,13 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
         "backbone": {"name": backbone.name, "sha256": backbone.sha256},
         "dtype": str(fast_dtype(config.precision)).removeprefix("torch."),
     }
+    checkpoint = config.prefix.checkpoint
+    if checkpoint is not None:
+        given["init"] = {"name": config.prefix.init, "sha256": weights_sha256(checkpoint)}
     if record is not None and {name: record[name] for name in given} != given:
         raise InputError(
-            f"{run} was started on other data, another backbone's weights or in another precision than {given['dtype']}; "
-            "give it those, or choose another directory."
+            f"{run} was started on other data, weights of another backbone or initial checkpoint, or in another precision than "
+            f"{given['dtype']}; give it those, or choose another directory."
         )
     set_seed(config.seed)
     records.reset_peak_memory()
