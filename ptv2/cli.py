@@ -26,8 +26,9 @@ from ptv2.evaluation import evaluation_record, published_record
 from ptv2.features import WindowConfig
 from ptv2.methods import count_parameters
 from ptv2.prefix import PrefixConfig
-from ptv2.squad import Example, load_examples
-from ptv2.training import TrainingConfig, show_progress, train
+from ptv2.pretraining import PretrainingConfig
+from ptv2.squad import Example, draw_examples, load_examples
+from ptv2.training import TrainingConfig, read_questions, show_progress, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ptv2: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint" if options.run_command in (_train, _sweep) else ""
+        goes_on = "; the same command goes on from the last checkpoint" if options.run_command in (_train, _pretrain, _sweep) else ""
         print(f"\nptv2: stopped{goes_on}.", file=sys.stderr)  # a progress bar may have the line before
         return 1
     except OSError as error:
@@ -61,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     for config in _CONFIGS:
         _add_options(added, config)
     added.add_argument("--output-dir", required=True, type=Path, help="the run's directory, new or of the same run")
+
+    added = command("pretrain", _pretrain, "Train a method on questions made from plain text, for --init; a run that was cut off goes on.")
+    for config in (PretrainingConfig, *_CONFIGS):
+        _add_options(added, config)
+    added.add_argument("--show", type=int, metavar="N", help="print N of the questions as a JSON list, and stop")
+    added.add_argument("--output-dir", type=Path, help="the run's directory, new or of the same run; needed but for --show")
 
     added = command("evaluate", _evaluate, "Score a run on questions: one JSON object on stdout.")
     _add_run_and_data(added)
@@ -142,7 +149,7 @@ def _add_run_and_data(parser: argparse.ArgumentParser) -> None:
 
 
 _CONFIGS = (TrainingConfig, PrefixConfig, WindowConfig)
-_NESTED = {"prefix": PrefixConfig, "windows": WindowConfig}
+_NESTED = {"prefix": PrefixConfig, "windows": WindowConfig, "pretraining": PretrainingConfig}
 
 
 def _option(name: str) -> str:
@@ -194,18 +201,19 @@ def _argument_help(config: type) -> dict[str, str]:
 
 def config_from(options: argparse.Namespace) -> TrainingConfig:
     """The training config that a command line asks for."""
-    values = {config: {field.name: getattr(options, field.name) for field in _fields(config)} for config in _CONFIGS}
-    nested = {name: config(**values[config]) for name, config in _NESTED.items()}
+    configs = (*_CONFIGS, *([PretrainingConfig] if options.run_command is _pretrain else []))
+    values = {config: {field.name: getattr(options, field.name) for field in _fields(config)} for config in configs}
+    nested = {name: config(**values[config]) for name, config in _NESTED.items() if config in configs}
     return TrainingConfig(**values[TrainingConfig], **nested)
 
 
 def command_line(config: TrainingConfig, run: Path) -> str:
     """The command that repeats a training run: every option that differs from its default, and what decides the data."""
-    words = ["ptv2", "train"]
-    for holder in (config, config.prefix, config.windows):
+    words = ["ptv2", "pretrain" if config.pretraining else "train"]
+    for holder in (config, config.prefix, config.windows, *([config.pretraining] if config.pretraining else [])):
         for field in _fields(type(holder)):
             value = getattr(holder, field.name)
-            if value == field.default and field.name not in ("method", "train_data", "seed"):
+            if value == field.default and field.name not in ("method", "train_data", "seed", "objective"):
                 continue
             words += _words(field.name, value)
     return shlex.join([*words, "--output-dir", str(run)])
@@ -230,6 +238,19 @@ def _train(options: argparse.Namespace) -> None:
         record = train(config, options.output_dir, command_line(config, options.output_dir))
     if int(os.environ.get("RANK", 0)) == 0:
         _print_json({"run": str(options.output_dir), "wall_seconds": record["wall_seconds"], **record["metrics"]})
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    if options.show is not None:
+        if options.show < 1:
+            raise InputError(f"--show is {options.show}; it must be at least 1.")
+        made = read_questions(config_from(options))["train"]
+        shown = draw_examples(made, min(options.show, len(made)), options.seed)
+        _print_json([dataclasses.asdict(example) for example in shown])
+    elif options.output_dir is None:
+        raise InputError("Give --output-dir, the run's directory, or --show to print examples alone.")
+    else:
+        _train(options)
 
 
 def _answerer(options: argparse.Namespace) -> QuestionAnswerer:

@@ -7,6 +7,7 @@ from ptv2.errors import InputError
 from ptv2.features import WindowConfig
 from ptv2.methods import METHODS
 from ptv2.prefix import PrefixConfig
+from ptv2.pretraining import PretrainingConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TrainingConfig:
         lora_rank: of lora.
         prefix: the prefix of p-tuning-v2; prefix_length also counts prompt-tuning's vectors.
         windows: how texts are cut.
+        pretraining: make the questions from plain text, which train_data and eval_data then name; None where they hold questions.
 
     Raises:
         InputError: a value is out of its range.
@@ -63,6 +65,7 @@ class TrainingConfig:
     lora_rank: int = 8
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
+    pretraining: PretrainingConfig | None = None
 
     def __post_init__(self):
         sources = (self.train_data,) if isinstance(self.train_data, str) else tuple(self.train_data)

@@ -6,7 +6,7 @@ A specification is a TOML file: what all runs have in common, and the points in 
     seeds = [0, 1, 2]                 # every point is run with each; all points with the first seed come first
     metric = "f1"                     # or "exact_match", of the held-out questions
     evaluation = "questions.json"     # optional: the trained weights are scored on this, too
-    [config]                          # fields of TrainingConfig; prefix.* and windows.* are those of the configs in it
+    [config]                          # fields of TrainingConfig; prefix.*, windows.* and pretraining.* are those of the configs in it
     train_data = ["embedded"]
     [grid]                            # the full product of these; or
     prefix.prefix_length = [16, 1, 64]
@@ -28,9 +28,10 @@ from ptv2.errors import InputError
 from ptv2.features import WindowConfig
 from ptv2.metrics import Interval
 from ptv2.prefix import PrefixConfig
+from ptv2.pretraining import PretrainingConfig
 from ptv2.training import TrainingConfig
 
-_NESTED = {"prefix": PrefixConfig, "windows": WindowConfig}
+_NESTED = {"prefix": PrefixConfig, "windows": WindowConfig, "pretraining": PretrainingConfig}
 _FIELDS = ("name", "question", "seeds", "metric", "evaluation", "trials", "config", "grid", "points", "search")
 
 
@@ -160,14 +161,14 @@ def make_config(values: dict, seed: int) -> TrainingConfig:
     Raises:
         InputError: a name is unknown, or a value out of its range.
     """
-    parts: dict[str, dict] = {"": {"seed": seed}, "prefix": {}, "windows": {}}
+    parts: dict[str, dict] = {"": {"seed": seed}, **{name: {} for name in _NESTED}}
     for name, value in values.items():
         holder, _, field = name.rpartition(".")
         known = {known.name for known in fields(_NESTED.get(holder, TrainingConfig))} - {"seed", *_NESTED}
         if holder not in parts or field not in known:
             raise InputError(f"{name} is no field of a training config that a point can set (seeds has a list of its own).")
         parts[holder][field] = value
-    return TrainingConfig(**parts[""], **{name: config(**parts[name]) for name, config in _NESTED.items()})
+    return TrainingConfig(**parts[""], **{name: config(**parts[name]) for name, config in _NESTED.items() if parts[name]})
 
 
 def differences(config: dict, other: dict) -> list[str]:
@@ -193,7 +194,7 @@ def trial_result(run: dict, evaluation: dict | None) -> dict:
         "finished": run["finished"],
         "provenance": {
             "held_out": run["data"]["held_out"],
-            **{name: run[name] for name in ("backbone", "dtype", "versions", "git_commit", "machine")},
+            **{name: run[name] for name in ("backbone", "init", "dtype", "versions", "git_commit", "machine") if name in run},
         },
     }
 

@@ -25,7 +25,9 @@ from ptv2.features import MODEL_INPUTS, LengthGroupedSampler, collate, make_feat
 from ptv2.methods import build_model, count_parameters
 from ptv2.metrics import score
 from ptv2.model import SpanModel
+from ptv2.pretraining import make_questions
 from ptv2.squad import Example, draw_examples, examples_sha256, hold_out, load_examples
+from ptv2.texts import load_texts
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -135,7 +137,7 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
     if record is not None and record["status"] == "finished":
         return record
 
-    questions = _read_questions(config)
+    questions = read_questions(config)
     backbone = resolve_backbone(config.backbone)
     given = {
         "data": {name: {"questions": len(part), "sha256": examples_sha256(part)} for name, part in questions.items()},
@@ -186,17 +188,30 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
     return record
 
 
-def _read_questions(config: TrainingConfig) -> dict[str, list[Example]]:
+def read_questions(config: TrainingConfig) -> dict[str, list[Example]]:
     """The questions to train on, and those held out to pick the best checkpoint."""
-    examples = [example for source in config.train_data for example in _load_questions(config, source, "train")]
-    _refuse_shared_ids(examples, config.train_data)
-    if config.eval_data is None:
-        examples, dev = hold_out(examples, config.held_out)
-    else:
-        dev = _load_questions(config, config.eval_data, "dev")
+    examples, dev = _made_questions(config) if config.pretraining else _written_questions(config)
     if config.max_train_questions:
         examples = draw_examples(examples, config.max_train_questions, config.seed)
     return {"train": examples, "held_out": dev}
+
+
+def _made_questions(config: TrainingConfig) -> tuple[list[Example], list[Example]]:
+    """From texts, which are held out before questions are made of them."""
+    texts = load_texts(config.train_data, "train", config.pretraining.max_texts)
+    if config.eval_data is None:
+        texts, held_out = hold_out(texts, config.held_out)
+    else:
+        held_out = load_texts((config.eval_data,), "dev", config.pretraining.max_texts)
+    return make_questions(texts, config.pretraining), make_questions(held_out, config.pretraining)
+
+
+def _written_questions(config: TrainingConfig) -> tuple[list[Example], list[Example]]:
+    examples = [example for source in config.train_data for example in _load_questions(config, source, "train")]
+    _refuse_shared_ids(examples, config.train_data)
+    if config.eval_data is None:
+        return hold_out(examples, config.held_out)
+    return examples, _load_questions(config, config.eval_data, "dev")
 
 
 def _load_questions(config: TrainingConfig, source: str, split: str) -> list[Example]:
