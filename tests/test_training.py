@@ -438,7 +438,7 @@ def test_a_run_continued_on_a_machine_with_another_fast_precision_is_refused(mak
         *[({"epochs": bad}, f"epochs is {bad}; it must be above 0") for bad in (0, -1.0, float("nan"), float("inf"))],
         *[({"warmup": bad}, f"warmup is {bad}; it must be at least 0 and below 1") for bad in (-0.1, 1, float("nan"))],
         *[({"held_out": bad, "eval_data": None}, f"held_out is {bad}; it must be above 0 and below 1") for bad in (0, 1, float("nan"))],
-        ({"precision": "fp8"}, 'precision is "fp8"; it must be "auto", "fp32" or "bf16"'),
+        ({"precision": "fp8"}, 'precision is "fp8"; it must be "auto", "fp32", "bf16" or "int8"'),
     ],
 )
 def test_a_value_out_of_range_has_its_sentence(changes, said, make_config):
