@@ -24,6 +24,7 @@ from ptv2.features import WindowConfig
 from ptv2.metrics import score, score_each
 from ptv2.model import DESCRIPTION_FILE
 from ptv2.prefix import PrefixConfig
+from ptv2.pretraining import PretrainingConfig
 from ptv2.squad import load_examples
 from ptv2.training import TrainingConfig
 
@@ -300,28 +301,34 @@ CHANGED = {
         "layers": (0, 3), "shift_positions": True,
     },
     WindowConfig: {"max_length": 200, "stride": 50, "max_question_length": 30},
+    PretrainingConfig: {"objective": "cloze", "questions_per_text": 3, "max_texts": 50},
 }  # fmt: skip
 
 
 def test_the_command_line_of_a_config_means_that_config(call, monkeypatch):
     asked = []
     monkeypatch.setattr(cli, "train", lambda config, run, command: asked.append((config, run)) or {"wall_seconds": 0, "metrics": {}})
-    nested = {"prefix": PrefixConfig(**CHANGED[PrefixConfig]), "windows": WindowConfig(**CHANGED[WindowConfig])}
+    nested = {
+        "prefix": PrefixConfig(**CHANGED[PrefixConfig]),
+        "windows": WindowConfig(**CHANGED[WindowConfig]),
+        "pretraining": PretrainingConfig(**CHANGED[PretrainingConfig]),
+    }
     changed = TrainingConfig(**CHANGED[TrainingConfig], **nested)
-    for holder in (changed, changed.prefix, changed.windows):  # a new field must be added above
+    for holder in (changed, changed.prefix, changed.windows, changed.pretraining):  # a new field must be added above
         for field in dataclasses.fields(holder):
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default
             assert getattr(holder, field.name) != default, field.name
-    for config in (TrainingConfig(), changed, TrainingConfig(prefix=nested["prefix"]), TrainingConfig(windows=nested["windows"])):
+    for config in (TrainingConfig(), changed, *(TrainingConfig(**{name: part}) for name, part in nested.items())):
         words = shlex.split(cli.command_line(config, Path("my runs") / "one"))
         assert words[0] == "ptv2" and call(*words[1:])[0] == 0
         assert asked.pop() == (config, Path("my runs") / "one")
 
 
-def test_every_option_is_explained(call):
-    status, out, _ = call("train", "--help")
+@pytest.mark.parametrize(("command", "more"), [("train", ()), ("pretrain", (PretrainingConfig,))])
+def test_every_option_is_explained(command, more, call):
+    status, out, _ = call(command, "--help")
     assert status == 0
-    for config in (TrainingConfig, PrefixConfig, WindowConfig):
+    for config in (TrainingConfig, PrefixConfig, WindowConfig, *more):
         for field in dataclasses.fields(config):
-            if field.name not in ("prefix", "windows"):
+            if field.name not in ("prefix", "windows", "pretraining"):
                 assert re.search(rf"--{field.name.replace('_', '-')}\b.*?\(default:", out, re.S)
