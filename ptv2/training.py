@@ -149,8 +149,8 @@ def train(config: TrainingConfig, run: str | Path, command: str) -> dict:
         given["init"] = {"name": config.prefix.init, "sha256": weights_sha256(checkpoint)}
     if record is not None and {name: record[name] for name in given} != given:
         raise InputError(
-            f"{run} was started on other data, weights of another backbone or initial checkpoint, or in another precision than "
-            f"{given['dtype']}; give it those, or choose another directory."
+            f"{run} was started on other data, another backbone's weights or in another precision than {given['dtype']}, or from "
+            "another checkpoint's weights; give it those, or choose another directory."
         )
     set_seed(config.seed)
     records.reset_peak_memory()

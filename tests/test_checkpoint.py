@@ -149,7 +149,7 @@ def test_a_run_does_not_go_on_where_its_checkpoint_has_changed_or_gone(tiny_bert
     (weights,) = start.glob("*.safetensors")
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    with pytest.raises(InputError, match="was started on other data, weights of another backbone or initial checkpoint"):
+    with pytest.raises(InputError, match="or from another checkpoint's weights; give it those"):
         train(config, tmp_path / "run", "")
     weights.unlink()
     with pytest.raises(InputError, match="holds no safetensors weights"):
