@@ -13,7 +13,7 @@ from ptv2.bank import PrefixBank
 from ptv2.methods import METHODS, Build, build_model
 from ptv2.prefix import PrefixConfig
 
-OFFICIAL_LENGTH = 384  # to which the official code pads every window (run_script/run_squad_roberta.sh)
+OFFICIAL_LENGTH = 384  # to which the official question-answering code pads every window; also the default of BERT's run_squad.py
 
 
 @dataclass(frozen=True)
