@@ -249,9 +249,15 @@ def test_fast_dtype_knows_three_words():
 
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
-    [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+    [
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9R14"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"avx2": True, "cpu_name": "Intel Core"}, torch.float32),
+        ({"neon": True}, torch.float32),
+    ],
 )
-def test_auto_is_bf16_where_the_processor_has_it_built_in(monkeypatch, capabilities, dtype):
+def test_auto_is_bf16_where_the_processor_is_faster_in_it(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert fast_dtype("auto") == dtype
