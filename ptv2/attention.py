@@ -2,8 +2,9 @@
 
 transformers lets a model name its attention function (https://huggingface.co/docs/transformers/attention_interface).
 The functions registered here put the prefix before the keys and values of the layer that is running and call the
-function they are named after ("ptv2_sdpa" calls "sdpa"). Nothing is copied into a cache, no position moves, and the
-backbone's code is not touched. All that depends on the transformers version or on a model family sits in this file.
+function they are named after ("ptv2_sdpa" calls "sdpa", or where it can `ptv2.fused_attention`, which gives the same
+numbers sooner). Nothing is copied into a cache, no position moves, and the backbone's code is not touched. All that
+depends on the transformers version or on a model family sits in this file.
 """
 
 import inspect
@@ -19,8 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ptv2 import fused_attention
 from ptv2.backbone import quiet_transformers
 from ptv2.errors import InputError
+from ptv2.fused_attention import Seen, fits, text_seen
 from ptv2.prefix import AttentionShape
 
 _current: ContextVar["_Forward | None"] = ContextVar("ptv2_forward", default=None)
@@ -47,6 +50,7 @@ class _Forward:
         self.calls = 0  # attention layers run so far: ALBERT calls one module for every layer, so modules can't be asked
         self.recorded: list[tuple[Tensor, Tensor]] | None = [] if record else None
         self._widened: tuple[Tensor | None, Tensor | None, Tensor] | None = None
+        self._text_seen: tuple[Tensor | None, tuple[Tensor, Tensor] | None] | None = None
 
     def widen(self, mask: Tensor | None, prefix: LayerPrefix, query: Tensor) -> Tensor | None:
         """[B, 1, S, S] or None (all visible) to [B, 1, S or 1, P + S] or None; one for all layers that share mask and prefix."""
@@ -55,6 +59,19 @@ class _Forward:
         if self._widened is None or self._widened[0] is not mask or self._widened[1] is not prefix.visible:
             self._widened = mask, prefix.visible, _widened(mask, prefix, query)
         return self._widened[2]
+
+    def seen(self, mask: Tensor | None, prefix: LayerPrefix | None, query: Tensor) -> Seen | None:
+        """The same for `fused_attention`; None where it can't be said in its terms."""
+        B, _, S, _ = query.shape
+        if self._text_seen is None or self._text_seen[0] is not mask:
+            self._text_seen = mask, text_seen(mask, B, S)
+        if self._text_seen[1] is None:
+            return None
+        if prefix is None or prefix.visible is None:
+            return Seen(torch.full((B,), 0 if prefix is None else prefix.key.shape[-2]), *self._text_seen[1])
+        count = prefix.visible.sum(1)
+        at_front = torch.equal(prefix.visible, torch.arange(prefix.visible.shape[1]) < count[:, None])
+        return Seen(count, *self._text_seen[1]) if at_front else None
 
 
 def _widened(mask: Tensor | None, prefix: LayerPrefix, query: Tensor) -> Tensor:
@@ -81,6 +98,10 @@ def _with_prefix(base_name: str):
                 forward.recorded.append((key.detach(), value.detach()))
             prefix = forward.prefix.get(forward.calls)
             forward.calls += 1
+            plain = base_name == "sdpa" and not kwargs.get("dropout") and kwargs.get("position_bias") is None and _watcher.get() is None
+            if plain and fits(query, key) and (seen := forward.seen(attention_mask, prefix, query)) is not None:
+                scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+                return fused_attention.attend(query, key, value, prefix and prefix[:2], seen, scale), None
             if prefix is not None:
                 B = query.shape[0]
                 prefix_key, prefix_value = (part.to(key.dtype).expand(B, *part.shape[-3:]) for part in prefix[:2])

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ptv2.errors import InputError
+from ptv2.native import library
 
 _PACKAGES = ("ptv2", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "torchmetrics", "numpy")
 
@@ -38,6 +39,7 @@ def machine() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory, 1),
+        "own_code": library("fused_attention") is not None,  # or torch's, where there is no compiler
     }
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()

@@ -16,6 +16,7 @@ from ptv2.bench import contenders
 from ptv2.bench.rounds import Answers, Process, seconds, spread, use_threads
 from ptv2.bench.train import Setting, described, prepare, real_batches
 from ptv2.features import LengthGroupedSampler, WindowConfig, collate, make_features
+from ptv2.fused_attention import Seen, attend, fits, text_seen
 from ptv2.int8 import Int8Linear
 from ptv2.squad import load_examples
 
@@ -23,8 +24,17 @@ LENGTHS = (64, 128, 192, 384)
 Work = Callable[[], object]
 
 
-def fused(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
-    """What is done now: the prefix put before keys and values, and torch's fused attention."""
+def now(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
+    """What is done now: prefix and text in one pass, or torch's fused attention where that can't be used."""
+    if not fits(query, key):
+        return joined(query, key, value, prefix)
+    B, _, S, D = query.shape
+    seen = Seen(torch.full((B,), prefix[0].shape[-2]), *text_seen(None, B, S))
+    return attend(query, key, value, prefix, seen, D**-0.5).transpose(1, 2)
+
+
+def joined(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
+    """The prefix put before keys and values, and torch's fused attention."""
     return F.scaled_dot_product_attention(query, *_joined(key, value, prefix))
 
 
@@ -50,17 +60,17 @@ def _joined(key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor]) -> tuple[
     return tuple(torch.cat((part.expand(B, -1, -1, -1), text), dim=2) for part, text in zip(prefix, (key, value), strict=True))
 
 
-ATTENTION = {"products and softmax": products, "prefix and text apart, merged": merged}
+ATTENTION = {"torch's fused one, prefix joined": joined, "products and softmax": products, "prefix and text apart, merged": merged}
 
 
-def _attention(setting: Setting, length: int, attend: Callable[..., Tensor]) -> Work:
+def _attention(setting: Setting, length: int, way: Callable[..., Tensor]) -> Work:
     """Forward and backward of one layer's attention on a batch of texts of this length."""
     shape = attention_shape(load_backbone(resolve_backbone(setting.backbone)).config)
     device, H, D = default_device(), shape.num_heads, shape.head_dim
     text = [torch.randn(setting.batch_size, H, length, D, device=device, requires_grad=True) for _ in range(3)]
     prefix = tuple(torch.randn(H, setting.prefix_length, D, device=device, requires_grad=True) for _ in range(2))
     upstream = torch.randn_like(text[0])
-    return lambda: attend(*text, prefix).backward(upstream)
+    return lambda: way(*text, prefix).backward(upstream)
 
 
 def _linear(setting: Setting, layer: nn.Module) -> Work:
@@ -92,8 +102,8 @@ def operators(setting: Setting) -> Answers:
 
     def measure() -> list[dict]:
         found = []
-        for length, (name, attend) in itertools.product(LENGTHS, ATTENTION.items()):
-            times = _in_turn(setting.rounds, _attention(setting, length, fused), _attention(setting, length, attend))
+        for length, (name, way) in itertools.product(LENGTHS, ATTENTION.items()):
+            times = _in_turn(setting.rounds, _attention(setting, length, now), _attention(setting, length, way))
             found.append({"lead": f"attention: {name}", "at": f"{length} tokens", "times_as_fast": times})
         torch.manual_seed(0)
         plain = nn.Linear(384, 1536).requires_grad_(False)

@@ -15,8 +15,8 @@ from ptv2.model import PrefixModelForQuestionAnswering
 # Operators of torch's profiler by what they are for; the first group whose part stands in an operator's name takes it.
 OPERATORS = {
     "matrix products": ("mm", "linear"),
-    "attention, backward": ("attention_for_cpu_backward", "attention_backward", "AttentionForCpuBackward"),
-    "attention, forward": ("attention", "softmax"),
+    "attention, backward": ("attention_for_cpu_backward", "attention_backward", "AttentionForCpuBackward", "_AttentionBackward"),
+    "attention, forward": ("attention", "_Attention", "softmax"),
     "GELU": ("gelu",),
     "layer norm": ("layer_norm",),
     "8-bit rounding and scaling": ("CompiledFxGraph",),
