@@ -9,6 +9,10 @@ from ptv2.methods import METHODS
 from ptv2.prefix import PrefixConfig
 from ptv2.pretraining import PretrainingConfig
 
+# Their names here, and in transformers.
+OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "rmsprop": "rmsprop"}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -29,7 +33,9 @@ class TrainingConfig:
         learning_rate: of what the method trains beside the head; 0 for the method's default.
         head_learning_rate: of the span head; 0 for the method's default.
         weight_decay: of AdamW, on weights that are not biases or norms.
-        warmup: share of the steps over which the learning rate rises; it then falls linearly to 0.
+        optimizer: "adamw", "adafactor" or "rmsprop".
+        schedule: how the learning rate falls after the warm-up: "linear" or "cosine", to 0 at the end, or "constant".
+        warmup: share of the steps over which the learning rate rises.
         max_grad_norm: to which the gradient is clipped; 0 for no clipping.
         evaluations: how often per run the held-out questions are answered and a checkpoint is kept.
         seed: of initialisation, order and dropout.
@@ -57,6 +63,8 @@ class TrainingConfig:
     learning_rate: float = 0.0
     head_learning_rate: float = 0.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    schedule: str = "linear"
     warmup: float = 0.1
     max_grad_norm: float = 1.0
     evaluations: int = 5
@@ -89,6 +97,9 @@ class TrainingConfig:
             raise InputError(f"warmup is {self.warmup}; it must be at least 0 and below 1.")
         if self.eval_data is None and not 0 < self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; it must be above 0 and below 1, or give eval_data.")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise InputError(f'{name} is "{getattr(self, name)}"; choose one of {", ".join(known)}.')
         fast_dtype(self.precision)  # names the allowed values
         for name in ("learning_rate", "head_learning_rate"):  # a record shall hold the rate itself
             object.__setattr__(self, name, getattr(self, name) or getattr(METHODS[self.method], name))

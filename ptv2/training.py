@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ptv2 import records
 from ptv2.answers import AnswerConfig, QuestionAnswerer
 from ptv2.backbone import fast_dtype, load_tokenizer, resolve_backbone, weights_sha256
-from ptv2.config import TrainingConfig
+from ptv2.config import OPTIMIZERS, SCHEDULES, TrainingConfig
 from ptv2.errors import InputError
 from ptv2.features import MODEL_INPUTS, LengthGroupedSampler, collate, make_features
 from ptv2.methods import build_model, count_parameters
@@ -255,7 +255,8 @@ def _open_run(config: TrainingConfig, run: Path) -> dict | None:
     if not (run / RUN_FILE).is_file():
         raise InputError(f"{run} exists and is not a run of ptv2; choose another output directory.")
     record = records.read_json(run / RUN_FILE)
-    before, now = record.get("config", {}), config.to_dict()
+    # A field that did not exist when the run was begun had the value that is its default now.
+    before, now = {**TrainingConfig().to_dict(), **record.get("config", {})}, config.to_dict()
     different = [name for name in now if before.get(name) != now[name]]
     if different:
         name = different[0]
@@ -291,7 +292,8 @@ def _arguments(config: TrainingConfig, run: Path) -> TrainingArguments:
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         warmup_steps=config.warmup,  # below 1 it is a share of all steps
-        lr_scheduler_type="linear",
+        optim=OPTIMIZERS[config.optimizer],
+        lr_scheduler_type=SCHEDULES[config.schedule],
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         # A frozen backbone is kept in its dtype; autocast is for one whose weights are trained.

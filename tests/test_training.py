@@ -395,6 +395,40 @@ def test_a_run_with_another_config_is_refused_naming_the_option(changes, said, m
         run_to(make_config(**changes), tmp_path / "run")
 
 
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default(make_config, tmp_path):
+    interrupted_run(make_config(), tmp_path / "run", "training_step", 2)
+    record = records.read_json(tmp_path / "run" / RUN_FILE)
+    del record["config"]["schedule"]
+    records.write_json(tmp_path / "run" / RUN_FILE, record)
+    with pytest.raises(InputError, match="schedule = linear, not cosine"):
+        run_to(make_config(schedule="cosine"), tmp_path / "run")
+    assert run_to(make_config(), tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "changes, kind",
+    [({}, "AdamW"), ({"optimizer": "adafactor"}, "Adafactor"), ({"optimizer": "rmsprop"}, "RMSprop")],
+)
+def test_the_optimiser_is_the_one_named(changes, kind, make_config, tmp_path, monkeypatch):
+    seen = []
+    original = QATrainer.create_optimizer
+    monkeypatch.setattr(QATrainer, "create_optimizer", lambda self, model=None: seen.append(original(self, model)) or seen[-1])
+    run_to(make_config(max_steps=1, **changes), tmp_path / "run")
+    assert {type(optimiser).__name__ for optimiser in seen} == {kind}
+
+
+@pytest.mark.parametrize(("schedule", "halfway", "end"), [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)])
+def test_the_rate_falls_as_the_schedule_says(schedule, halfway, end, make_config, tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        training._RunCallback,
+        "on_step_end",
+        lambda self, args, state, control, lr_scheduler, **kwargs: rates.append(lr_scheduler.get_last_lr()[0]),
+    )
+    run_to(make_config(schedule=schedule, warmup=0.0, max_steps=8, learning_rate=1.0, evaluations=1), tmp_path / "run")
+    assert rates[3] == pytest.approx(halfway) and rates[7] == pytest.approx(end, abs=1e-6)
+
+
 @pytest.mark.parametrize("changed", ["data", "backbone"])
 def test_a_run_continued_on_other_data_or_weights_is_refused(changed, make_config, tmp_path, tiny_bert, questions):
     data, backbone = tmp_path / "train.json", tmp_path / "backbone"
@@ -438,6 +472,8 @@ def test_a_run_continued_on_a_machine_with_another_fast_precision_is_refused(mak
         *[({"epochs": bad}, f"epochs is {bad}; it must be above 0") for bad in (0, -1.0, float("nan"), float("inf"))],
         *[({"warmup": bad}, f"warmup is {bad}; it must be at least 0 and below 1") for bad in (-0.1, 1, float("nan"))],
         *[({"held_out": bad, "eval_data": None}, f"held_out is {bad}; it must be above 0 and below 1") for bad in (0, 1, float("nan"))],
+        ({"optimizer": "adam"}, 'optimizer is "adam"; choose one of adamw, adafactor, rmsprop'),
+        ({"schedule": "step"}, 'schedule is "step"; choose one of linear, cosine, constant'),
         ({"precision": "fp8"}, 'precision is "fp8"; it must be "auto", "fp32", "bf16" or "int8"'),
     ],
 )
