@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptv2.bench import accuracy, answer, contenders, leads, roofline, scale, tables, train
+from ptv2.bench import accuracy, answer, contenders, leads, roofline, scale, shapes, tables, train
 from ptv2.bench.rounds import Process, spread
 from ptv2.cli import main
 from ptv2.methods import build_model
@@ -187,6 +187,18 @@ def test_the_command_prints_one_object_and_a_table(tiny_bert, tmp_path, capsys):
     assert record == json.loads((tmp_path / "record.json").read_text()) and list(record["methods"]) == ["ptv2-fp32"]
     assert "| training | examples/s |" in printed.err and record["command"].startswith("ptv2 bench train --backbone")
     assert (tmp_path / "plot.svg").is_file()
+
+
+def test_a_shape_stands_for_a_backbone(monkeypatch, capsys):
+    assert [(c.num_hidden_layers, c.hidden_size) for c in shapes.SHAPES.values()] == [(12, 768), (24, 1024)]
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 1, "intermediate_size": 64}
+    for shape, config in shapes.SHAPES.items():
+        monkeypatch.setitem(shapes.SHAPES, shape, type(config)(**{**config.to_dict(), **small}))
+        assert main(["bench", "train", "--shape", shape, "--quick", "--rounds", "1", "--threads", "1", "--only", "ptv2-fp32"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["setting"]["backbone"] == f"random weights, shape of {shape}" and record["methods"]["ptv2-fp32"]["seconds"][0] > 0
+    assert main(["bench", "accuracy", "--shape", "bert-base"]) == 2
+    assert "--shape has random weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 from ptv2 import records
 from ptv2.backbone import DEFAULT_BACKBONE, fast_dtype
+from ptv2.bench.shapes import SHAPES, write_backbone
 from ptv2.errors import InputError
 
 DESCRIPTION = "Measure speed and memory beside the peers, in turn: one JSON object on stdout, a table on stderr."
@@ -28,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", type=Path, default=Path("results/speed"), help="of report: their folder (default results/speed)")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="of report: Markdown files that have places for the tables")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help=f"directory or hub name (default {DEFAULT_BACKBONE})")
+    parser.add_argument("--shape", choices=SHAPES, help="instead of a backbone: random weights of this one's shape")
     parser.add_argument("--data", default="embedded", help="SQuAD file, hub data set or embedded (default)")
     parser.add_argument("--batch-size", type=int, help="windows per step (default 32)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, from a batch of short texts to long (default 5)")
@@ -57,7 +60,15 @@ def bench(options: argparse.Namespace, command: str) -> dict | None:
     names = {field.name for field in dataclasses.fields(Setting)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     setting = Setting(**({"batch_size": 4} if options.quick else {}) | given)
-    record = _run(options, setting, command)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape:
+            if options.kind == "accuracy":
+                raise InputError("--shape has random weights, and accuracy trains in earnest; give it a --backbone.")
+            write_backbone(options.shape, Path(folder))
+            setting = dataclasses.replace(setting, backbone=folder)
+        record = _run(options, setting, command)
+    if options.shape:
+        record["setting"]["backbone"] = f"random weights, shape of {options.shape}"
     print(tables.table(record), file=sys.stderr)
     if options.output:
         records.write_json(options.output, record)
