@@ -68,6 +68,18 @@ static void for_chunks(int64_t M, const Work& work) {
 
 // ---- Quantise
 
+static inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+static inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
 // A chunk of rows in 8 bits, in memory that is given.
 struct Rows {
   uint8_t* values;  // [CHUNK, pitch]
@@ -78,13 +90,13 @@ struct Rows {
   Rows(char* memory, int64_t K) : values((uint8_t*)memory + CHUNK * 64), scale((float*)memory), pitch(whole(K, 64)) {}
 
   void take(const float* from, int row, int64_t K) {
-    float largest = 1e-30f;
-#pragma omp simd reduction(max : largest)
-    for (int64_t k = 0; k < K; ++k) largest = std::max(largest, std::fabs(from[k]));
-    const float up = 127 / largest;
+    uint32_t bits = as_bits(1e-30f);  // of the largest: without their signs, floats are ordered as their bits are
+#pragma omp simd reduction(max : bits)
+    for (int64_t k = 0; k < K; ++k) bits = std::max(bits, as_bits(from[k]) & 0x7fffffff);
+    const float largest = as_float(bits), up = 127 / largest;
     uint8_t* to = values + row * pitch;
 #pragma omp simd
-    for (int64_t k = 0; k < K; ++k) to[k] = (uint8_t)((int32_t)std::nearbyint(from[k] * up) + 128);
+    for (int64_t k = 0; k < K; ++k) to[k] = (uint8_t)as_bits(std::fma(from[k], up, 12582912.0f + 128));  // 1.5 * 2^23 + 128 rounds
     scale[row] = largest / 127;
   }
 };
@@ -139,18 +151,6 @@ static void product(const Rows& rows, int count, const Matrix& matrix, float* ou
 }
 
 // ---- What stands between products
-
-static inline float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-static inline uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
 
 // e^x for x <= 0, to 2e-7 of it. The polynomial is that of Cephes' expf.
 static inline float exponential(float x) {

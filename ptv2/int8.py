@@ -176,20 +176,17 @@ class Int8JointLinear(Int8Linear):
         return self.joint.output(self, inputs)
 
 
-class _Normalised:
-    """What a layer norm takes along: its own numbers, and what its gradient will need of M rows, if there will be one.
+def _kept(norm: nn.LayerNorm, M: int, trains: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Room for what a layer norm's gradient needs of M rows; None where there will be none.
 
-    normal: bf16 [M, N], the rows with mean 0 and variance 1. inverse: float32 [M], 1 / the standard deviation before.
+    Returns:
+        bf16 [M, N], the rows with mean 0 and variance 1; float32 [M], 1 / the standard deviation before.
     """
+    return (torch.empty((M, *norm.normalized_shape), dtype=torch.bfloat16), torch.empty(M)) if trains else (None, None)
 
-    def __init__(self, norm: nn.LayerNorm, M: int, trains: bool):
-        self.norm = norm
-        self.normal = torch.empty((M, *norm.normalized_shape), dtype=torch.bfloat16) if trains else None
-        self.inverse = torch.empty(M) if trains else None
 
-    def pointers(self) -> _NormPointers:
-        weight, bias = self.norm.weight, self.norm.bias
-        return _NormPointers(pointer(weight), pointer(bias), self.norm.eps, pointer(self.normal), pointer(self.inverse))
+def _norm_pointers(norm: nn.LayerNorm, normal: Tensor | None, inverse: Tensor | None) -> _NormPointers:
+    return _NormPointers(pointer(norm.weight), pointer(norm.bias), norm.eps, pointer(normal), pointer(inverse))
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -198,23 +195,23 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, residual: Tensor, module: "Int8Residual", trains: bool) -> Tensor:
         rows, summand = _rows(hidden), _rows(residual)
-        output = torch.empty_like(residual, dtype=torch.float32, memory_format=torch.contiguous_format)
+        output, kept = torch.empty(residual.shape), _kept(module.LayerNorm, len(rows), trains)
         ctx.module, ctx.shapes = module, (hidden.shape, residual.shape)
-        ctx.after = _Normalised(module.LayerNorm, len(rows), trains)
-        sizes = (pointer(rows), pointer(summand), ctypes.c_int64(len(rows)))
-        matrix, norm = module.dense.ahead.pointers(), ctx.after.pointers()
-        _native().residual_norm(*sizes, ctypes.byref(matrix), ctypes.byref(norm), pointer(output))
+        ctx.save_for_backward(*kept)
+        matrix, norm = module.dense.ahead.pointers(), _norm_pointers(module.LayerNorm, *kept)
+        given = (pointer(rows), pointer(summand), ctypes.c_int64(len(rows)))
+        _native().residual_norm(*given, ctypes.byref(matrix), ctypes.byref(norm), pointer(output))
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows = _rows(gradient)
-        given = [torch.empty(shape) if needed else None for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=False)]
-        matrix, norm = ctx.module.dense.back.pointers(), ctx.after.pointers()
+        asked = [torch.empty(shape) if needed else None for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=False)]
+        matrix, norm = ctx.module.dense.back.pointers(), _norm_pointers(ctx.module.LayerNorm, *ctx.saved_tensors)
         call = _native().residual_norm_backward
-        call(pointer(rows), ctypes.c_int64(len(rows)), ctypes.byref(matrix), ctypes.byref(norm), *map(pointer, given))
-        return *given, None, None
+        call(pointer(rows), ctypes.c_int64(len(rows)), ctypes.byref(matrix), ctypes.byref(norm), *map(pointer, asked))
+        return *asked, None, None
 
 
 class Int8Residual(nn.Module):
@@ -236,23 +233,24 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs: Tensor, module: "Int8FeedForward", trains: bool) -> Tensor:
         rows = _rows(inputs)
-        output = torch.empty(inputs.shape)
-        ctx.module, ctx.after = module, _Normalised(module.LayerNorm, len(rows), trains)
-        ctx.slope = torch.empty((len(rows), module.dense.ahead.K), dtype=torch.uint8) if trains else None
-        up, down, norm = module.up.ahead.pointers(), module.dense.ahead.pointers(), ctx.after.pointers()
-        parts = map(ctypes.byref, (up, down, norm))
-        _native().feed_forward(pointer(rows), ctypes.c_int64(len(rows)), *parts, pointer(output), pointer(ctx.slope))
+        output, kept = torch.empty(inputs.shape), _kept(module.LayerNorm, len(rows), trains)
+        slope = torch.empty((len(rows), module.dense.ahead.K), dtype=torch.uint8) if trains else None
+        ctx.module = module
+        ctx.save_for_backward(slope, *kept)
+        parts = module.up.ahead.pointers(), module.dense.ahead.pointers(), _norm_pointers(module.LayerNorm, *kept)
+        given = (pointer(rows), ctypes.c_int64(len(rows)), *map(ctypes.byref, parts))
+        _native().feed_forward(*given, pointer(output), pointer(slope))
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        rows = _rows(gradient)
-        given = torch.empty(gradient.shape)
-        down, up, norm = ctx.module.dense.back.pointers(), ctx.module.up.back.pointers(), ctx.after.pointers()
-        parts = map(ctypes.byref, (down, up, norm))
-        _native().feed_forward_backward(pointer(rows), ctypes.c_int64(len(rows)), *parts, pointer(ctx.slope), pointer(given))
-        return given, None, None
+        rows, asked, module = _rows(gradient), torch.empty(gradient.shape), ctx.module
+        slope, *kept = ctx.saved_tensors
+        parts = module.dense.back.pointers(), module.up.back.pointers(), _norm_pointers(module.LayerNorm, *kept)
+        given = (pointer(rows), ctypes.c_int64(len(rows)), *map(ctypes.byref, parts))
+        _native().feed_forward_backward(*given, pointer(slope), pointer(asked))
+        return asked, None, None
 
 
 class Int8FeedForward(Int8Residual):
