@@ -27,6 +27,7 @@ from ptv2.attention import (
 from ptv2.backbone import Backbone, fast_dtype, load_backbone, load_tokenizer, resolve_backbone
 from ptv2.checkpoint import DESCRIPTION_FILE, start_from
 from ptv2.errors import InputError
+from ptv2.int8 import freeze_in_int8
 from ptv2.prefix import PrefixConfig, PrefixEncoder
 
 WEIGHTS_FILE = "model.safetensors"
@@ -138,8 +139,6 @@ class SpanModel(nn.Module):
             InputError: int8 does not go with this method or machine.
         """
         if dtype == torch.int8:
-            from ptv2.int8 import freeze_in_int8  # torch's compiler takes a second to import
-
             freeze_in_int8(self.backbone)
             return self
         if self.trains_backbone:

@@ -9,7 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from ptv2.attention import attention_shape
 from ptv2.bench.rounds import seconds
-from ptv2.int8 import Int8Linear
 from ptv2.model import PrefixModelForQuestionAnswering
 
 # Operators of torch's profiler by what they are for; the first group whose part stands in an operator's name takes it.
@@ -19,7 +18,7 @@ OPERATORS = {
     "attention, forward": ("attention", "_Attention", "softmax"),
     "GELU": ("gelu",),
     "layer norm": ("layer_norm",),
-    "8-bit rounding and scaling": ("CompiledFxGraph",),
+    "8-bit layers": ("_Products", "_ResidualNorm", "_FeedForward"),
     "copies and concatenation": ("copy_", "cat", "fill_", "index", "clone"),
     "sums": ("add", "sum", "mul"),
 }
@@ -46,11 +45,14 @@ def linear_layers(model: PrefixModelForQuestionAnswering, batch: dict[str, Tenso
     """Inputs, outputs and whether a gradient must pass, of every linear layer of the backbone; seen in one forward pass."""
     found = []
 
-    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append((inputs[0].shape[-1], output.shape[-1], inputs[0].requires_grad))
+    def shapes(module: nn.Module) -> tuple[tuple[int, int], ...]:
+        """Of the linear layers that a call stands for: several where `ptv2.int8` computes a block at once."""
+        return ((module.in_features, module.out_features),) if isinstance(module, nn.Linear) else getattr(module, "shapes", ())
 
-    linears = (module for module in model.backbone.modules() if isinstance(module, (nn.Linear, Int8Linear)))
-    hooks = [module.register_forward_hook(see) for module in linears]
+    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.extend((*shape, inputs[0].requires_grad) for shape in shapes(module))
+
+    hooks = [module.register_forward_hook(see) for module in model.backbone.modules() if shapes(module)]
     model(**batch)
     for hook in hooks:
         hook.remove()
