@@ -34,8 +34,9 @@ class TrainingConfig:
         head_learning_rate: of the span head; 0 for the method's default.
         weight_decay: of AdamW, on weights that are not biases or norms.
         optimizer: "adamw", "adafactor" or "rmsprop".
-        schedule: how the learning rate falls after the warm-up: "linear" or "cosine", to 0 at the end, or "constant".
-        warmup: share of the steps over which the learning rate rises.
+        schedule: how the learning rate falls after the warm-up: "linear" or "cosine", to 0 at the end, or "constant"; "" for the
+            method's default.
+        warmup: share of the steps over which the learning rate rises; None for the method's default.
         max_grad_norm: to which the gradient is clipped; 0 for no clipping.
         evaluations: how often per run the held-out questions are answered and a checkpoint is kept.
         seed: of initialisation, order and dropout.
@@ -64,8 +65,8 @@ class TrainingConfig:
     head_learning_rate: float = 0.0
     weight_decay: float = 0.0
     optimizer: str = "adamw"
-    schedule: str = "linear"
-    warmup: float = 0.1
+    schedule: str = ""
+    warmup: float | None = None
     max_grad_norm: float = 1.0
     evaluations: int = 5
     seed: int = 0
@@ -93,16 +94,18 @@ class TrainingConfig:
             raise InputError(f"seed is {self.seed}; it must be below 2**32.")
         if not 0 < self.epochs < float("inf"):
             raise InputError(f"epochs is {self.epochs}; it must be above 0.")
-        if not 0 <= self.warmup < 1:
+        if self.warmup is not None and not 0 <= self.warmup < 1:
             raise InputError(f"warmup is {self.warmup}; it must be at least 0 and below 1.")
         if self.eval_data is None and not 0 < self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; it must be above 0 and below 1, or give eval_data.")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", ("", *SCHEDULES))):
             if getattr(self, name) not in known:
-                raise InputError(f'{name} is "{getattr(self, name)}"; choose one of {", ".join(known)}.')
+                raise InputError(f'{name} is "{getattr(self, name)}"; choose one of {", ".join(filter(None, known))}.')
         fast_dtype(self.precision)  # names the allowed values
-        for name in ("learning_rate", "head_learning_rate"):  # a record shall hold the rate itself
-            object.__setattr__(self, name, getattr(self, name) or getattr(METHODS[self.method], name))
+        # A record shall hold the values themselves.
+        for name, left_open in (("learning_rate", 0), ("head_learning_rate", 0), ("schedule", ""), ("warmup", None)):
+            if getattr(self, name) == left_open:
+                object.__setattr__(self, name, getattr(METHODS[self.method], name))
 
     def to_dict(self) -> dict:
         return {**asdict(self), "train_data": list(self.train_data), "prefix": self.prefix.to_dict()}

@@ -36,10 +36,11 @@ class Method:
         title: for tables and figures.
         build: makes the untrained model, the prefix not yet initialised.
         count: its trained numbers by formula, head apart.
-        learning_rate: of what the method adds or changes. P-tuning v2's was chosen on held-out training articles
-            (results/README.md); the others are usual values, not tuned here.
+        learning_rate: of what the method adds or changes. P-tuning v2's, its head's and its schedule were chosen on held-out training
+            articles (results/README.md); the others are usual values, not tuned here.
         head_learning_rate: of the span head.
         source: where the method comes from.
+        schedule, warmup: of both rates; see `ptv2.config.TrainingConfig`.
     """
 
     title: str
@@ -48,6 +49,8 @@ class Method:
     learning_rate: float
     head_learning_rate: float
     source: str
+    schedule: str = "linear"
+    warmup: float = 0.1
 
 
 class PromptModel(SpanModel):
@@ -132,7 +135,14 @@ def _lora_count(build: Build) -> int:
 
 METHODS: dict[str, Method] = {
     "p-tuning-v2": Method(
-        "P-tuning v2", _prefix, lambda b: prefix_parameter_count(b.prefix, _shape(b)), 4e-2, 1e-2, "Liu et al., ACL 2022"
+        "P-tuning v2",
+        _prefix,
+        lambda b: prefix_parameter_count(b.prefix, _shape(b)),
+        5e-2,
+        2e-1,
+        "Liu et al., ACL 2022",
+        schedule="cosine",
+        warmup=0.3,
     ),
     "fine-tuning": Method(
         "full fine-tuning",

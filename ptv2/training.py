@@ -31,6 +31,7 @@ from ptv2.texts import load_texts
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
+_BEFORE = {"optimizer": "adamw", "schedule": "linear"}  # what runs did that were begun before the config had these fields
 _COMPLETE = "complete"  # written last into a training checkpoint: one without it was cut off by a kill
 
 
@@ -255,8 +256,7 @@ def _open_run(config: TrainingConfig, run: Path) -> dict | None:
     if not (run / RUN_FILE).is_file():
         raise InputError(f"{run} exists and is not a run of ptv2; choose another output directory.")
     record = records.read_json(run / RUN_FILE)
-    # A field that did not exist when the run was begun had the value that is its default now.
-    before, now = {**TrainingConfig().to_dict(), **record.get("config", {})}, config.to_dict()
+    before, now = {**_BEFORE, **record.get("config", {})}, config.to_dict()
     different = [name for name in now if before.get(name) != now[name]]
     if different:
         name = different[0]

@@ -395,14 +395,23 @@ def test_a_run_with_another_config_is_refused_naming_the_option(changes, said, m
         run_to(make_config(**changes), tmp_path / "run")
 
 
-def test_a_run_from_before_a_field_existed_goes_on_with_its_default(make_config, tmp_path):
-    interrupted_run(make_config(), tmp_path / "run", "training_step", 2)
+def test_a_run_from_before_a_field_existed_goes_on_as_it_began(make_config, tmp_path):
+    config = make_config(schedule="linear")
+    interrupted_run(config, tmp_path / "run", "training_step", 2)
     record = records.read_json(tmp_path / "run" / RUN_FILE)
     del record["config"]["schedule"]
     records.write_json(tmp_path / "run" / RUN_FILE, record)
     with pytest.raises(InputError, match="schedule = linear, not cosine"):
-        run_to(make_config(schedule="cosine"), tmp_path / "run")
-    assert run_to(make_config(), tmp_path / "run")["status"] == "finished"
+        run_to(make_config(), tmp_path / "run")
+    assert run_to(config, tmp_path / "run")["status"] == "finished"
+
+
+def test_what_is_left_open_is_the_methods_own(make_config):
+    for method, schedule, warmup in (("p-tuning-v2", "cosine", 0.3), ("fine-tuning", "linear", 0.1)):
+        config = make_config(method=method)
+        assert (config.schedule, config.warmup, config.learning_rate) == (schedule, warmup, METHODS[method].learning_rate)
+    given = make_config(schedule="constant", warmup=0.0)
+    assert (given.schedule, given.warmup) == ("constant", 0.0)
 
 
 @pytest.mark.parametrize(
