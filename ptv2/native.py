@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(name: str) -> ctypes.CDLL | None:
     """The library made of ptv2/NAME.cpp; None where there is no compiler that can make it.
 

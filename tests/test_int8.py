@@ -104,9 +104,9 @@ def test_a_number_that_is_none_is_not_hidden():
 @pytest.fixture(params=[(32, 64), (312, 1200), (20, 70)], ids=str)
 def layer(request, tiny_bert):
     """A BERT layer of some widths E and I, random and frozen."""
-    E, I = request.param
+    E, inner = request.param
     torch.manual_seed(1)
-    sizes = {"hidden_size": E, "intermediate_size": I, "num_attention_heads": 2, "num_hidden_layers": 1, "initializer_range": 0.2}
+    sizes = {"hidden_size": E, "intermediate_size": inner, "num_attention_heads": 2, "num_hidden_layers": 1, "initializer_range": 0.2}
     return frozen(AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=50, **sizes)).encoder.layer[0])
 
 
@@ -134,7 +134,7 @@ def test_a_feed_forward_block_in_one_is_as_one_by_one(layer):
     block = Int8FeedForward(up, down, norm)
     ours = both_ways(lambda rows: block(rows, rows), inputs)
     for together, one_by_one, original in zip(ours, apart, exact, strict=True):
-        assert distance(together, one_by_one) < 0.01 and distance(together, original) < 0.03, (distance(together, one_by_one), distance(together, original))
+        assert distance(together, one_by_one) < 0.01 and distance(together, original) < 0.03
     with torch.no_grad():
         assert torch.equal(block(*inputs, *inputs), ours[0])
     elsewhere = block(inputs[0], inputs[0].clone())  # not known to be the same: one by one
@@ -177,7 +177,8 @@ def test_joint_layers_compute_what_single_ones_do(joint):
         outputs = [layer(rows) for layer in of]
         return outputs[1] * 2 + outputs[2]  # the first gets no gradient
 
-    for ours, exact in zip(*(both_ways(lambda rows, of=of: last_two(rows, of), (normal(2, 9, 32),)) for of in (layers, single)), strict=True):
+    results = (both_ways(lambda rows, of=of: last_two(rows, of), (normal(2, 9, 32),)) for of in (layers, single))
+    for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
     assert held(layers) is None
 
