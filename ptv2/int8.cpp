@@ -116,21 +116,36 @@ static inline ints dot(ints sum, const uint8_t* row, const int8_t* packed) {
 #endif
 }
 
+// Rows that will be read or written soon: a product fetches them into the second cache, a line at a time so that nothing waits.
+struct Soon {
+  const char* at;
+  int64_t bytes;
+
+  template <typename T>
+  Soon(const T* whole, int64_t row, int64_t N) : at((const char*)(whole + row * N)), bytes(whole ? CHUNK * N * (int64_t)sizeof(T) : 0) {}
+};
+
 // out [count, N] = rows [count, K] times a matrix, plus its bias, or plus what stands in `out`.
-static void product(const Rows& rows, int count, const Matrix& matrix, float* out, bool add = false) {
-  const int64_t quads = whole(matrix.K, 4) / 4;
+static void product(const Rows& rows, int count, const Matrix& matrix, float* out, bool add, const Soon& one, const Soon& two) {
+  const int64_t quads = whole(matrix.K, 4) / 4, tiles = whole(count, TILE) / TILE, parts = whole(matrix.N, PANEL) / PANEL * tiles;
+  const int64_t step_one = (one.bytes << 8) / (parts * quads), step_two = (two.bytes << 8) / (parts * quads);
   for (int64_t panel = 0; panel < matrix.N; panel += PANEL)
     for (int first = 0; first < count; first += TILE) {
+      const int64_t tile = panel / PANEL * tiles + first / TILE;
+      int64_t at_one = (one.bytes * tile / parts) << 8, at_two = (two.bytes * tile / parts) << 8;  // in 1/256 of a byte
       const int8_t* packed = matrix.packed + panel * quads * 4;
       const uint8_t* row = rows.values + first * rows.pitch;
       ints sum[TILE][VECTORS];
       for (int r = 0; r < TILE; ++r)
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = *(const loose_ints*)(matrix.sums + panel + v * W);
-      for (int64_t quad = 0; quad < quads; ++quad, packed += PANEL * 4, row += 4)
+      for (int64_t quad = 0; quad < quads; ++quad, packed += PANEL * 4, row += 4) {
+        __builtin_prefetch(one.at + ((at_one += step_one) >> 8), 0, 2);
+        __builtin_prefetch(two.at + ((at_two += step_two) >> 8), 0, 2);
 #pragma GCC unroll 6
         for (int r = 0; r < TILE; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) sum[r][v] = dot(sum[r][v], row + r * rows.pitch, packed + v * W * 4);
+      }
       const int64_t columns = std::min<int64_t>(PANEL, matrix.N - panel);
 #pragma GCC unroll 6
       for (int r = 0; r < TILE; ++r) {
@@ -229,7 +244,11 @@ void fan_out(const float* in, int64_t M, const Matrix* matrices, int count, floa
   for_chunks(M, [&](int64_t first, int rows) {
     Rows quantised(scratch(Rows::bytes(K)), K);
     for (int r = 0; r < rows; ++r) quantised.take(in + (first + r) * K, r, K);
-    for (int n = 0; n < count; ++n) product(quantised, rows, matrices[n], outs[n] + first * matrices[n].N);
+    for (int n = 0; n < count; ++n) {
+      const int64_t next = n + 1 < count ? n + 1 : 0, row = next ? first : first + CHUNK;
+      product(quantised, rows, matrices[n], outs[n] + first * matrices[n].N, false,
+              {next ? nullptr : in, first + CHUNK, K}, {outs[next], row, matrices[next].N});
+    }
   });
 }
 
@@ -244,7 +263,9 @@ void fan_in(const float* const* ins, int64_t M, const Matrix* matrices, int coun
       const int64_t K = matrices[n].K;
       Rows quantised(scratch(Rows::bytes(widest)), K);
       for (int r = 0; r < rows; ++r) quantised.take(ins[n] + (first + r) * K, r, K);
-      product(quantised, rows, matrices[n], out + first * matrices[n].N, add);
+      const int64_t next = n + 1 < count ? n + 1 : 0, row = next ? first : first + CHUNK;
+      product(quantised, rows, matrices[n], out + first * matrices[n].N, add,
+              {ins[next], row, matrices[next].K}, {next ? nullptr : out, row, matrices[n].N});
       add = true;
     }
   });
@@ -256,7 +277,8 @@ void residual_norm(const float* in, const float* residual, int64_t M, const Matr
   for_chunks(M, [&](int64_t first, int rows) {
     Rows quantised(scratch(Rows::bytes(K)), K);
     for (int r = 0; r < rows; ++r) quantised.take(in + (first + r) * K, r, K);
-    product(quantised, rows, *matrix, out + first * N);
+    product(quantised, rows, *matrix, out + first * N, false,
+            {in, first + CHUNK, K}, {residual, first, N});
     for (int64_t row = first; row < first + rows; ++row) norm(out + row * N, residual + row * N, *after, row, N);
   });
 }
@@ -272,7 +294,10 @@ void residual_norm_backward(const float* gradient, int64_t M, const Matrix* back
       norm_backward(gradient + (first + r) * N, sum + r * N, *after, first + r, N);
       if (in) quantised.take(sum + r * N, r, N);
     }
-    if (in) product(quantised, rows, *back, in + first * K);
+    if (!in) return;
+    const int64_t next = first + CHUNK;
+    product(quantised, rows, *back, in + first * K, false,
+            {gradient, next, N}, {after->normal, next, N});
   });
 }
 
@@ -284,12 +309,12 @@ void feed_forward(const float* in, int64_t M, const Matrix* up, const Matrix* do
     Rows outer(memory, E), inner(memory + narrow, I);
     float* hidden = (float*)(memory + narrow + wide);
     for (int r = 0; r < rows; ++r) outer.take(in + (first + r) * E, r, E);
-    product(outer, rows, *up, hidden);
+    product(outer, rows, *up, hidden, false, {slope, first, I}, {out, first, E});
     for (int r = 0; r < rows; ++r) {
       gelu(hidden + r * I, slope ? slope + (first + r) * I : (uint8_t*)(hidden + CHUNK * I), I);
       inner.take(hidden + r * I, r, I);
     }
-    product(inner, rows, *down, out + first * E);
+    product(inner, rows, *down, out + first * E, false, {after->normal, first, E}, {in, first + CHUNK, E});
     for (int64_t row = first; row < first + rows; ++row) norm(out + row * E, in + row * E, *after, row, E);
   });
 }
@@ -306,12 +331,12 @@ void feed_forward_backward(
       norm_backward(gradient + row * E, in + row * E, *after, row, E);
       outer.take(in + row * E, (int)(row - first), E);
     }
-    product(outer, rows, *down, hidden);
+    product(outer, rows, *down, hidden, false, {slope, first, I}, {gradient, first + CHUNK, E});
     for (int r = 0; r < rows; ++r) {
       times_slope(hidden + r * I, slope + (first + r) * I, I);
       inner.take(hidden + r * I, r, I);
     }
-    product(inner, rows, *up, in + first * E, true);
+    product(inner, rows, *up, in + first * E, true, {after->normal, first + CHUNK, E}, {in, first + CHUNK, E});
   });
 }
 }

@@ -147,7 +147,8 @@ class _Taken(NamedTuple):
 class _Joint:
     """Layers that are called in turn with the same input: the first call computes them all, from rows that are rounded once.
 
-    A layer that is called with another input computes anew. Outputs are kept until their layer takes them or their input is gone.
+    A layer that is called with another input computes anew. Outputs are kept until their layer takes them, their input is gone, or
+    the layers are next called.
     """
 
     def __init__(self, layers: tuple["Int8JointLinear", ...]):

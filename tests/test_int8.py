@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from ptv2 import int8
-from ptv2.backbone import DEFAULT_BACKBONE
+from ptv2.backbone import DEFAULT_BACKBONE, load_tokenizer
 from ptv2.bench import roofline
 from ptv2.errors import InputError
 from ptv2.int8 import Int8FeedForward, Int8JointLinear, Int8Linear, Int8Residual, freeze_in_int8, quantised
@@ -104,9 +104,9 @@ def test_a_number_that_is_none_is_not_hidden():
 @pytest.fixture(params=[(32, 64), (312, 1200), (20, 70)], ids=str)
 def layer(request, tiny_bert):
     """A BERT layer of some widths E and I, random and frozen."""
-    E, I = request.param
+    E, inner = request.param
     torch.manual_seed(1)
-    sizes = {"hidden_size": E, "intermediate_size": I, "num_attention_heads": 2, "num_hidden_layers": 1, "initializer_range": 0.2}
+    sizes = {"hidden_size": E, "intermediate_size": inner, "num_attention_heads": 2, "num_hidden_layers": 1, "initializer_range": 0.2}
     return frozen(AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=50, **sizes)).encoder.layer[0])
 
 
@@ -134,7 +134,7 @@ def test_a_feed_forward_block_in_one_is_as_one_by_one(layer):
     block = Int8FeedForward(up, down, norm)
     ours = both_ways(lambda rows: block(rows, rows), inputs)
     for together, one_by_one, original in zip(ours, apart, exact, strict=True):
-        assert distance(together, one_by_one) < 0.01 and distance(together, original) < 0.03, (distance(together, one_by_one), distance(together, original))
+        assert distance(together, one_by_one) < 0.01 and distance(together, original) < 0.03
     with torch.no_grad():
         assert torch.equal(block(*inputs, *inputs), ours[0])
     elsewhere = block(inputs[0], inputs[0].clone())  # not known to be the same: one by one
@@ -177,7 +177,8 @@ def test_joint_layers_compute_what_single_ones_do(joint):
         outputs = [layer(rows) for layer in of]
         return outputs[1] * 2 + outputs[2]  # the first gets no gradient
 
-    for ours, exact in zip(*(both_ways(lambda rows, of=of: last_two(rows, of), (normal(2, 9, 32),)) for of in (layers, single)), strict=True):
+    results = (both_ways(lambda rows, of=of: last_two(rows, of), (normal(2, 9, 32),)) for of in (layers, single))
+    for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
     assert held(layers) is None
 
@@ -225,11 +226,12 @@ def test_a_real_backbone_computes_nearly_the_same_loss_and_gradient():
     losses, gradients = [], []
     for precision in ("fp32", "int8"):
         model = build_model("p-tuning-v2", DEFAULT_BACKBONE, PrefixConfig(prefix_length=8), texts=texts, precision=precision).train()
-        loss = model(**make_batch(model)).loss
+        batch = dict(load_tokenizer(model.source)(texts, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+        loss = model(**batch, start_positions=torch.arange(4) + 2, end_positions=torch.arange(4) + 5).loss
         loss.backward()
         losses.append(loss.item()), gradients.append(model.prefix_encoder.embedding.weight.grad.flatten())
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.97
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_results_do_not_depend_on_the_number_of_threads(tiny_bert):
