@@ -115,9 +115,13 @@ def test_values_given_with_the_command_replace_those_of_the_file(spec):
 @pytest.mark.parametrize("file", SPECS, ids=lambda file: file.stem)
 def test_the_specifications_that_ship_are_whole(file):
     sweep = read_sweep(file)
-    assert sweep.question.endswith("?") and len(sweep.seeds) >= 3
+    assert sweep.question.endswith("?")
+    if sweep.search:  # of one seed; finalists.toml runs its best with more
+        assert len(sweep.points) >= 16 and not sweep.evaluation
+        return
+    assert len(sweep.seeds) >= 3
     configs = [make_config({**sweep.config, **point.changes}, 0) for point in sweep.points]
-    assert len({json.dumps(config.to_dict()) for config in configs}) == len(configs) >= 6  # no point twice
+    assert len({json.dumps(config.to_dict()) for config in configs}) == len(configs) >= 4  # no point twice
     assert "squadshifts" not in (sweep.evaluation or "")  # published as test data: never scored on what it trains on
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -170,8 +171,10 @@ def test_a_finished_run_holds_weights_and_all_that_repeats_them(make_config, tmp
     assert record["parameters"]["stored_bytes"] == weights_file(tmp_path / "run").stat().st_size
     assert record["wall_seconds"] > 0 and record["peak_memory_mib"] > 100
     assert [step for step, _ in logged(record, "eval_f1")] == [3, 6, 9, 10]
-    # The method's own rate, after a tenth of the steps to rise, falls to 0 at step 11.
-    rates = [(step, METHODS["p-tuning-v2"].learning_rate * (11 - step) / 9) for step in (3, 6, 9, 10)]
+    # The method's own rate and schedule: it rises for 3 of the 10 steps, then falls to 0 as half a cosine.
+    rate = METHODS["p-tuning-v2"].learning_rate
+    falling = [(step, rate * (1 + math.cos(math.pi * (step - 4) / 7)) / 2) for step in (6, 9, 10)]
+    rates = [(3, rate * 2 / 3), *falling]
     assert dict(logged(record, "learning_rate")) == pytest.approx(dict(rates))
     best = max(logged(record, "eval_f1", "eval_exact_match"), key=lambda entry: entry[1])
     assert record["metrics"] == {"step": best[0], "held_out_f1": best[1], "held_out_exact_match": best[2]}

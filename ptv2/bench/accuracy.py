@@ -1,6 +1,7 @@
 """`ptv2 bench accuracy`: F1 on held-out training articles against the minutes that training took, each method with its own defaults."""
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +21,6 @@ from ptv2.prefix import PrefixConfig
 from ptv2.squad import hold_out, load_examples
 from ptv2.training import TrainingConfig
 
-WARMUP = 0.1  # of the time; the rate then falls linearly to 0 at its end, so that no method is cut off in the middle of a schedule
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -31,6 +30,8 @@ class Recipe:
         contender: name in `contenders.TRAINING`.
         rate, head_rate: AdamW's at their highest.
         source: where they come from.
+        warmup: share of the time over which the rates rise. They fall to 0 at its end, so that no method is cut off amid a schedule:
+        cosine: as half a cosine, rather than linearly.
     """
 
     title: str
@@ -39,13 +40,32 @@ class Recipe:
     head_rate: float
     batch_size: int
     source: str
+    warmup: float = 0.1
+    cosine: bool = False
+
+    def factor(self, passed: float) -> float:
+        """The rates' share of their highest after this share of the time."""
+        if passed < self.warmup:
+            return passed / self.warmup
+        left = max(0.0, (1 - passed) / (1 - self.warmup))
+        return (1 - math.cos(math.pi * left)) / 2 if self.cosine else left
 
 
 _OURS = METHODS["p-tuning-v2"]
 _DEFAULT = TrainingConfig()
 RECIPES = {
-    "ptv2-fp32": Recipe("ptv2, fp32", "ptv2-fp32", _OURS.learning_rate, _OURS.head_learning_rate, _DEFAULT.batch_size, "this package"),
-    "ptv2-int8": Recipe("ptv2, int8", "ptv2-int8", _OURS.learning_rate, _OURS.head_learning_rate, _DEFAULT.batch_size, "this package"),
+    f"ptv2-{precision}": Recipe(
+        f"ptv2, {precision}",
+        f"ptv2-{precision}",
+        _OURS.learning_rate,
+        _OURS.head_learning_rate,
+        _DEFAULT.batch_size,
+        "this package",
+        _OURS.warmup,
+        _OURS.schedule == "cosine",
+    )
+    for precision in ("fp32", "int8")
+} | {
     "peft": Recipe(
         "PEFT prefix tuning", "peft-fp32", 1e-2, 1e-2, 8, "PEFT's guide to prefix tuning: AdamW at 1e-2, batches of 8; buckets as for ours"
     ),
@@ -98,10 +118,8 @@ def prepare(name: str, setting: Setting, budget: float, held_out: float) -> Answ
     spent = steps = 0.0
 
     def step() -> None:
-        passed = spent / budget
-        factor = min(passed / WARMUP, (1 - passed) / (1 - WARMUP))
         for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = peak * max(factor, 0.0)
+            group["lr"] = peak * recipe.factor(spent / budget)
         batch = {part: tensor.to(device) for part, tensor in next(batches).items()}
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_([*others, *heads], 1.0)
