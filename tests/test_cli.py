@@ -293,7 +293,8 @@ CHANGED = {
         "answerable_only": True,
         "held_out": 0.1 + 0.2, "max_train_questions": 40,
         "epochs": 1.5, "max_steps": 7, "batch_size": 3, "gradient_accumulation": 2, "learning_rate": 1e-7,
-        "head_learning_rate": 1 / 3, "weight_decay": 0.01, "optimizer": "rmsprop", "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.5, "evaluations": 2, "seed": 11,
+        "head_learning_rate": 1 / 3, "weight_decay": 0.01,
+        "optimizer": "rmsprop", "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.5, "evaluations": 2, "seed": 11,
         "precision": "bf16", "lora_rank": 4,
     },
     PrefixConfig: {
