@@ -94,11 +94,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         *inputs, output, log_sums = ctx.saved_tensors
         query, prefix_key = inputs[0], inputs[3]
+        gradient = gradient.contiguous()  # by a name, or it would be gone before the call: pointers keep nothing alive
         B, H, S, D = query.shape
         text = [query.new_empty((B, S, H, D)) if any(ctx.needs_input_grad[:3]) else None for _ in range(3)]
         prefix = [query.new_empty((B, H, prefix_key.shape[-2], D)) for _ in range(2)]
         library("fused_attention").attention_backward(
-            *_described(inputs, ctx.seen, ctx.scale), *map(pointer, (output, log_sums, gradient.contiguous(), *text, *prefix))
+            *_described(inputs, ctx.seen, ctx.scale), *map(pointer, (output, log_sums, gradient, *text, *prefix))
         )
         if prefix_key.dim() == 3:
             prefix = [part.sum(0) for part in prefix]  # [H, P, D]

@@ -99,6 +99,16 @@ def test_inputs_whose_numbers_lie_apart_are_taken():
     torch.testing.assert_close(attend(*apart, tuple(prefix), seen, 0.2), by_torch(text, prefix, seen, 0.2), **CLOSE)
 
 
+def test_a_gradient_whose_numbers_lie_apart_is_taken():
+    text, prefix = make_inputs(8, 12, 400, 4, 32, True)
+    seen = Seen(torch.full((8,), 4), torch.zeros(8, dtype=torch.long), torch.full((8,), 400))
+    upstream = torch.randn(8, 12, 400, 32, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+    learned = [*text, *prefix]
+    outputs = attend(*text, tuple(prefix), seen, 0.2), by_torch(text, prefix, seen, 0.2)
+    for own, torchs in zip(*(torch.autograd.grad(out, learned, upstream) for out in outputs), strict=True):
+        torch.testing.assert_close(own, torchs, atol=1e-4, rtol=1e-4)
+
+
 def test_the_places_that_a_mask_shows_are_read_from_it():
     assert [part.tolist() for part in text_seen(None, 2, 3)] == [[0, 0], [3, 3]]
     right_and_left = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()[:, None, None]
