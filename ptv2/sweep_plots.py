@@ -101,10 +101,10 @@ def draw_search(record: dict) -> Figure:
             else:
                 axes.set_xscale("log")
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.plot(
-                [values.index(x) if few else x for x, _ in runs], [f1 for _, f1 in runs], "o", color=COLOURS["p-tuning-v2"], alpha=0.8
-            )
+            places = [values.index(x) if few else x for x, _ in runs]
+            axes.plot(places, [f1 for _, f1 in runs], "o", color=COLOURS["p-tuning-v2"], alpha=0.8)
             axes.set_xlabel(name.rpartition(".")[2].replace("_", " "))
             axes.set_ylim(0, _top(record))
         for axes in grid[:, 0]:
