@@ -135,9 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--word-rows", type=int, default=1024, help="rows of the word embeddings to keep (default 1024)")
 
     added = command("report", _report, "Tabulate records as Markdown on stdout, and draw them.")
-    added.add_argument("records", type=Path, nargs="+", help="runs, or directories of records")
+    added.add_argument("records", type=Path, nargs="+", help="runs, or directories of them; or JSON files that are records of sweeps")
     added.add_argument("--figure", type=Path, help="draw F1 against trained numbers, and the training curves, here (SVG and PNG)")
-    added.add_argument("--into", type=Path, help="put the table between <!-- results --> and <!-- /results --> of this Markdown file")
+    added.add_argument(
+        "--into",
+        type=Path,
+        help="put the table between <!-- results --> and <!-- /results --> of this Markdown file (a sweep's: <!-- sweep: NAME -->)",
+    )
     return parser
 
 
@@ -392,8 +396,17 @@ def _notebooks(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     from ptv2.plots import draw_comparison  # matplotlib is slow to import
-    from ptv2.report import put_into, read_results, results_table
+    from ptv2.report import put_into, read_results, results_table, sweep_table
 
+    if any(path.suffix == ".json" for path in options.records):
+        from ptv2.sweeps import read_sweep_record
+
+        for file in options.records:
+            table, mark = sweep_table(read_sweep_record(file)), f"sweep: {file.stem}"
+            print(table)
+            if options.into:
+                put_into(options.into, table, f"<!-- {mark} -->", f"<!-- /{mark} -->")
+        return
     results = read_results(options.records)
     table = results_table(results)
     print(table)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ptv2.methods import METHODS
 from ptv2.metrics import Interval
@@ -80,6 +80,36 @@ def draw_points(records: list[dict]) -> Figure:
         axes.set_xlabel(_ylabel(record))
 
     return _panels(records, draw, width=6, height=1.5 + 0.45 * rows, ylabel=False)
+
+
+def draw_search(record: dict) -> Figure:
+    """F1 of a search's trials against each quantity that it searched: on a log axis, or side by side where there are few values."""
+    names = list(dict.fromkeys(name for trial in record["trials"] for name in trial["changes"]))
+    columns = min(3, len(names))
+    with plt.rc_context(STYLE):
+        size = (3.4 * columns, 2.8 * -(-len(names) // columns))
+        figure, grid = plt.subplots(-(-len(names) // columns), columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+        for axes, name in itertools.zip_longest(grid.flat, names):
+            if name is None:
+                axes.set_visible(False)
+                continue
+            runs = [(trial["changes"][name], trial_f1(trial).value) for trial in record["trials"]]
+            values = sorted({value for value, _ in runs})
+            if few := len(values) <= 4:
+                axes.set_xticks(range(len(values)), [str(value) for value in values])
+                axes.set_xlim(-0.5, len(values) - 0.5)
+            else:
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            places = [values.index(x) if few else x for x, _ in runs]
+            axes.plot(places, [f1 for _, f1 in runs], "o", color=COLOURS["p-tuning-v2"], alpha=0.8)
+            axes.set_xlabel(name.rpartition(".")[2].replace("_", " "))
+            axes.set_ylim(0, _top(record))
+        for axes in grid[:, 0]:
+            axes.set_ylabel("F1 on held-out, %")
+    return figure
 
 
 def draw_few_shot(records: list[dict]) -> Figure:

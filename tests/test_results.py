@@ -8,8 +8,10 @@ from conftest import QUESTION_FILES, REPOSITORY
 from ptv2 import QuestionAnswerer, load_examples, score
 from ptv2.cli import main
 from ptv2.evaluation import published_record
+from ptv2.methods import METHODS
 from ptv2.report import CLOSING, OPENING, read_results, results_table
 from ptv2.squad import examples_sha256
+from ptv2.sweeps import f1_by_point, read_sweep_record
 
 RESULTS = REPOSITORY / "results"
 CHECKPOINT = RESULTS / "checkpoints" / "p-tuning-v2"
@@ -20,6 +22,22 @@ def test_the_tables_are_those_of_the_records(page, folders):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     table = text.partition(OPENING)[2].partition(CLOSING)[0].strip()
     assert table == results_table(read_results([RESULTS / folder for folder in folders]))
+
+
+def test_the_table_of_the_finalists_is_that_of_their_record(tmp_path, capsys):
+    page, copy = REPOSITORY / "results" / "README.md", tmp_path / "README.md"
+    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["report", str(RESULTS / "sweeps" / "finalists.json"), "--into", str(copy)]) == 0
+    assert "| point | trained numbers | seeds |" in capsys.readouterr().out
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run make report"
+
+
+def test_the_defaults_are_the_best_of_the_finalists():
+    record = read_sweep_record(RESULTS / "sweeps" / "finalists.json")
+    sums = {name: sum(f1.value for f1 in runs) for name, runs in f1_by_point(record).items()}
+    ours = METHODS["p-tuning-v2"]
+    chosen = f"{ours.learning_rate:g}, head {ours.head_learning_rate:g}, {ours.schedule}, warm-up {ours.warmup:g}"
+    assert max(sums, key=sums.get) == chosen
 
 
 def test_three_seeds_of_the_prefix_and_both_baselines_are_recorded():

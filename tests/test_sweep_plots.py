@@ -5,7 +5,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from ptv2.report import Result, sweep_table
-from ptv2.sweep_plots import draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_tradeoff
+from ptv2.sweep_plots import draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_search, draw_tradeoff
 from ptv2.sweeps import trial_f1
 
 
@@ -78,6 +78,17 @@ def test_points_have_a_row_each_in_the_order_of_the_record():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["embedding", "MLP"]
     assert lines(axes) == [([30.5, 30.5], [-0.3, 0.3]), ([20.5, 20.5], [0.7, 1.3])]
     assert axes.yaxis_inverted() or axes.get_ylim()[0] > axes.get_ylim()[1]
+
+
+def test_a_search_has_a_panel_for_each_quantity_with_every_trial():
+    changes = [{"learning_rate": 0.01 * (n + 1), "prefix.init": ("normal", "zero")[n % 2], "batch_size": 8} for n in range(6)]
+    found = record([trial(f"trial {n}", each, 0, 10 + n, evaluated=False) for n, each in enumerate(changes)])
+    rate, init, batch = [axes for axes in draw_search(found).axes if axes.get_visible()]
+    assert [axes.get_xlabel() for axes in (rate, init, batch)] == ["learning rate", "init", "batch size"]
+    assert rate.get_xscale() == "log" and init.get_xscale() == "linear"
+    np.testing.assert_allclose(rate.lines[0].get_xydata(), [[0.01 * (n + 1), 10 + n] for n in range(6)])
+    np.testing.assert_allclose(init.lines[0].get_xydata(), [[n % 2, 10 + n] for n in range(6)])
+    assert [label.get_text() for label in init.get_xticklabels()] == ["normal", "zero"]
 
 
 def test_initialisations_are_drawn_by_questions_and_along_the_training():

@@ -167,14 +167,18 @@ def draw_scale(record: dict) -> Figure:
                 upper.fill_between(values, *spans, color=colour, alpha=0.2, linewidth=0)
                 lower.plot(values, [point["memory_mib"] for point in mine], marker="o", markersize=4, color=colour)
             upper.set_title("one pass over the data" if quantity == "questions" else "one training step", fontsize=10, loc="left")
+            upper.set_ylim(bottom=0)
+            memory = [point["memory_mib"] for point in points]
+            lower.set_ylim(min(0, 1.2 * min(memory)), max(50, 1.05 * max(memory)))  # reading data may end below where it began
             for axes in (upper, lower):
-                axes.set_ylim(bottom=0)
                 axes.set_xlim(left=0)
             lower.set_xlabel(quantity)
         panels[0, 0].set_ylabel("seconds")
-        panels[1, 0].set_ylabel("memory, MiB")
-        for text, colour, y in (("ptv2", OURS, 0.95), ("full fine-tuning", FULL, 0.85)):
-            panels[0, 0].text(0.04, y, text, color=colour, transform=panels[0, 0].transAxes, va="top")
+        panels[1, 0].set_ylabel("memory above the start's, MiB")
+        for line, text, above in zip(panels[0, 0].lines, ("ptv2, fp32", "full fine-tuning, fp32"), (True, False), strict=False):
+            x, y = line.get_xydata()[-1]
+            offset = {"xytext": (0, 8 if above else -10), "textcoords": "offset points"}
+            panels[0, 0].annotate(text, (x, y), **offset, color=line.get_color(), ha="right", va="bottom" if above else "top")
     return figure
 
 
