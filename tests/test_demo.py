@@ -138,6 +138,13 @@ def ask(page: Page, question: str | None = None, text: str | None = None) -> Non
     page.locator("#answers .card").first.wait_for()
 
 
+def upload(page: Page, file: Path) -> None:
+    """Chooses the file, and waits until the page lists it; what shows the upload's progress may stay behind, hidden."""
+    page.get_by_role("tab", name="Score a file").click()
+    page.locator("#file input[type=file]").set_input_files(file)
+    page.locator("#file").get_by_text(file.stem).filter(visible=True).first.wait_for()
+
+
 def problem(page: Page, place: str) -> str:
     """The sentence that a person is shown."""
     alert = page.locator(f"{place} [role=alert]").first
@@ -259,9 +266,7 @@ def test_score_a_file(open_page, client, tmp_path):
     content["data"][0]["paragraphs"][0]["qas"][0]["question"] = "<script>window.hacked = 5</script> When did people excavate the port?"
     file = tmp_path / "..;<b>my questions.json"
     file.write_text(json.dumps(content), encoding="utf-8")
-    page.get_by_role("tab", name="Score a file").click()
-    page.locator("#file input[type=file]").set_input_files(file)
-    page.get_by_text("my questions").first.wait_for()
+    upload(page, file)
     page.get_by_role("button", name="Score", exact=True).click()
     page.locator("#report .scores").wait_for()
     assert "<script>window.hacked = 5</script>" in page.locator(".disagreements").inner_text()
@@ -291,9 +296,7 @@ def many_questions(to: Path, count: int) -> Path:
 
 def test_scoring_shows_progress_and_stops(open_page, client, tmp_path):
     page = open_page()
-    page.get_by_role("tab", name="Score a file").click()
-    page.locator("#file input[type=file]").set_input_files(many_questions(tmp_path / "many.json", 900))
-    page.get_by_text("many.json").first.wait_for()
+    upload(page, many_questions(tmp_path / "many.json", 900))
     page.locator("#limit input[type=number]").fill("900")
     page.get_by_role("button", name="Score", exact=True).click()
     page.locator("#report progress").wait_for()
@@ -324,9 +327,7 @@ def test_scoring_shows_progress_and_stops(open_page, client, tmp_path):
 def test_a_broken_upload_gets_one_sentence(open_page, server, tmp_path, name, content, said):
     page = open_page()
     (tmp_path / name).write_bytes(content)
-    page.get_by_role("tab", name="Score a file").click()
-    page.locator("#file input[type=file]").set_input_files(tmp_path / name)
-    page.get_by_text(name).first.wait_for()
+    upload(page, tmp_path / name)
     page.get_by_role("button", name="Score", exact=True).click()
     sentence = problem(page, "#report")
     assert sentence.startswith(said) and str(server.home) not in sentence
@@ -365,9 +366,7 @@ def test_every_tab_fits_and_is_photographed(open_page, width, scheme):
     page.get_by_role("tab", name="Look inside").click()
     page.locator(".inside img").wait_for()
     photograph("inside")
-    page.get_by_role("tab", name="Score a file").click()
-    page.locator("#file input[type=file]").set_input_files(DATA / "squad_v2.json")
-    page.get_by_text("squad_v2").first.wait_for()
+    upload(page, DATA / "squad_v2.json")
     page.get_by_role("button", name="Score", exact=True).click()
     page.locator("#report .scores").wait_for()
     photograph("score")
