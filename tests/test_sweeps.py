@@ -119,7 +119,8 @@ def test_the_specifications_that_ship_are_whole(file):
     if sweep.search:  # of one seed; finalists.toml runs its best with more
         assert len(sweep.points) >= 16 and not sweep.evaluation
         return
-    assert len(sweep.seeds) >= 3
+    only_starts = all("pretraining.objective" in point.changes for point in sweep.points)  # for other sweeps, which have the seeds
+    assert only_starts or len(sweep.seeds) >= 3
     configs = [make_config({**sweep.config, **point.changes}, 0) for point in sweep.points]
     assert len({json.dumps(config.to_dict()) for config in configs}) == len(configs) >= 4  # no point twice
     assert "squadshifts" not in (sweep.evaluation or "")  # published as test data: never scored on what it trains on
