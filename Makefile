@@ -48,6 +48,8 @@ report: env
 	$(BIN)/ptv2 report results/runs results/checkpoints --figure results/comparison.svg --into README.md
 	$(BIN)/ptv2 report results/pilots --into results/README.md
 	$(BIN)/ptv2 report results/sweeps/finalists.json --into results/README.md
+	$(BIN)/ptv2 report --starts results/sweeps/initialisation.json results/sweeps/pretrained.json results/sweeps/fine_tuning.json \
+	  --into results/README.md
 	$(BIN)/ptv2 bench report --into README.md results/speed.md
 
 clean:

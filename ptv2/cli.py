@@ -142,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="put the table between <!-- results --> and <!-- /results --> of this Markdown file (a sweep's: <!-- sweep: NAME -->)",
     )
+    added.add_argument(
+        "--starts", action="store_true", help="the sweeps are over starts and numbers of questions: one table of all (<!-- starts -->)"
+    )
     return parser
 
 
@@ -396,13 +399,16 @@ def _notebooks(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     from ptv2.plots import draw_comparison  # matplotlib is slow to import
-    from ptv2.report import put_into, read_results, results_table, sweep_table
+    from ptv2.report import few_shot_table, put_into, read_results, results_table, sweep_table
 
-    if any(path.suffix == ".json" for path in options.records):
-        from ptv2.sweeps import read_sweep_record
+    if options.starts or any(path.suffix == ".json" for path in options.records):
+        from ptv2.sweeps import join_by_start, read_sweep_record
 
-        for file in options.records:
-            table, mark = sweep_table(read_sweep_record(file)), f"sweep: {file.stem}"
+        sweeps = {f"sweep: {file.stem}": read_sweep_record(file) for file in options.records}
+        tables = {mark: sweep_table(record) for mark, record in sweeps.items()}
+        if options.starts:
+            tables = {"starts": few_shot_table(join_by_start(list(sweeps.values())))}
+        for mark, table in tables.items():
             print(table)
             if options.into:
                 put_into(options.into, table, f"<!-- {mark} -->", f"<!-- /{mark} -->")

@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("Agg")  # files only; no screen is needed
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -210,7 +211,8 @@ def _draw_f1_against_size(axes, results: list[Result]) -> None:
         f1 = result.evaluation["f1"]
         colour = COLOURS[result.method]
         errors = [[f1["value"] - f1["low"]], [f1["high"] - f1["value"]]]
-        axes.errorbar(result.share, f1["value"], yerr=errors, fmt="o", color=colour, markersize=6, capsize=3, elinewidth=1)
+        form = "^" if result.is_pretrained else "o"
+        axes.errorbar(result.share, f1["value"], yerr=errors, fmt=form, color=colour, markersize=6, capsize=3, elinewidth=1)
         if result.method not in labelled:
             labelled.add(result.method)
             right_half = result.share > 1
@@ -224,7 +226,8 @@ def _draw_f1_against_size(axes, results: list[Result]) -> None:
     axes.set_xlabel("trained numbers, % of the backbone's (log scale)")
     axes.set_ylabel("F1, % (bars: 95 % interval)")
     names = sorted({result.evaluation["data"] for result in results})
-    axes.set_title("\n".join(names), fontsize=10, loc="left")
+    pretrained = "    ▲ from a pretrained prefix" if any(result.is_pretrained for result in results) else ""
+    axes.set_title("\n".join(names) + pretrained, fontsize=10, loc="left")
 
 
 def _draw_learning_curves(axes, results: list[Result]) -> None:
@@ -233,7 +236,8 @@ def _draw_learning_curves(axes, results: list[Result]) -> None:
         log = [entry for entry in result.run["log_history"] if "eval_f1" in entry]
         steps = [entry["step"] * result.windows_per_step / 1000 for entry in log]
         f1 = [entry["eval_f1"] for entry in log]
-        axes.plot(steps, f1, marker=".", color=COLOURS[result.method], linewidth=1.2, alpha=0.85)
+        line = "--" if result.is_pretrained else "-"
+        axes.plot(steps, f1, marker=".", color=COLOURS[result.method], linewidth=1.2, alpha=0.85, linestyle=line)
         ends.setdefault(result.method, (steps[-1], f1[-1]))
     longest = max(x for x, _ in ends.values())
     for method, (x, y) in ends.items():
@@ -242,4 +246,18 @@ def _draw_learning_curves(axes, results: list[Result]) -> None:
     axes.margins(y=0.15)
     axes.set_xlabel("windows trained on, thousands")
     axes.set_ylabel("F1 on held-out training articles, %")
-    axes.set_title("while training", fontsize=10, loc="left")
+    pretrained = ", dashed from a pretrained prefix" if any(result.is_pretrained for result in results) else ""
+    axes.set_title(f"while training{pretrained}", fontsize=10, loc="left")
+
+
+def label_ends(axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
+    """Name lines at their right ends, kept apart by a sixteenth of the axis, which has its limits by then.
+
+    Args:
+        ends: name, x, y and colour of each.
+    """
+    low, high = axes.get_ylim()
+    last = -np.inf
+    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
+        last = max(y, last + (high - low) / 16)
+        axes.annotate(name, (x, last), xytext=(8, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False)

@@ -7,7 +7,8 @@ from pathlib import Path
 from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.methods import METHODS
-from ptv2.sweeps import f1_by_point
+from ptv2.metrics import Interval
+from ptv2.sweeps import f1_by_point, trial_f1
 from ptv2.training import RUN_FILE
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
@@ -30,6 +31,15 @@ class Result:
     @property
     def method(self) -> str:
         return self.run["config"]["method"]
+
+    @property
+    def is_pretrained(self) -> bool:
+        """It started at another run's weights (`--init DIR`)."""
+        return "init" in self.run
+
+    @property
+    def title(self) -> str:
+        return METHODS[self.method].title + (", pretrained" if self.is_pretrained else "")
 
     @property
     def is_export(self) -> bool:
@@ -84,7 +94,7 @@ def results_table(results: list[Result]) -> str:
             exact, f1 = (f"{result.run['metrics'][name]:.1f}" for name in ("held_out_exact_match", "held_out_f1"))
             questions = f"{result.run['data']['held_out']['questions']:,} held out of training"
         lines.append(
-            f"| {result.name} | {METHODS[result.method].title} | {parameters['trained']:,} | {result.share:.3g} % "
+            f"| {result.name} | {result.title} | {parameters['trained']:,} | {result.share:.3g} % "
             f"| {bytes_text(parameters['stored_bytes'])} | {result.run['steps'] * result.windows_per_step:,} "
             f"| {result.run['wall_seconds'] / 60:.1f} | {exact} | {f1} | {questions} |"
         )
@@ -93,7 +103,7 @@ def results_table(results: list[Result]) -> str:
 
 def _against_fine_tuning(results: list[Result]) -> list[str]:
     """One sentence on how near the prefix comes, in a paragraph of its own; none if one of the two is missing."""
-    evaluated = [result for result in results if result.evaluation and not result.is_export]
+    evaluated = [result for result in results if result.evaluation and not result.is_export and not result.is_pretrained]
     data = {r.evaluation["data"] for r in evaluated if r.method == "fine-tuning"}  # means over different questions would say nothing
     prefix, full = (
         [r.evaluation["f1"]["value"] for r in evaluated if r.method == method and data == {r.evaluation["data"]}]
@@ -113,7 +123,7 @@ def markdown_table(head: list[str], rows: Iterable[list]) -> str:
 
 
 def sweep_table(record: dict) -> str:
-    """A Markdown table of a sweep's points in the order of the record: what was trained, and F1 over seeds."""
+    """A Markdown table of a sweep's points, by name: what was trained, and F1 over seeds."""
     rows = []
     for point, runs in f1_by_point(record).items():
         values = [run.value for run in runs]
@@ -127,6 +137,26 @@ def sweep_table(record: dict) -> str:
         )
         rows.append([point, f"{first['parameters']['trained']:,}", len(runs), f"{sum(values) / len(values):.1f}", shown])
     return markdown_table(["point", "trained numbers", "seeds", "mean F1, %", "over seeds, or 95 % interval"], rows)
+
+
+def few_shot_table(record: dict) -> str:
+    """A Markdown table of a record of `join_by_start`: mean F1 over seeds for each start and number of questions, and its spread."""
+    counts = sorted({trial["train_questions"] for trial in record["trials"]})
+    cells: dict[str, dict[int, list[Interval]]] = {}
+    for trial in record["trials"]:
+        cells.setdefault(trial["start"], {}).setdefault(trial["train_questions"], []).append(trial_f1(trial))
+    rows = [[start, *(_mean_and_spread(found.get(count, [])) for count in counts)] for start, found in cells.items()]
+    return markdown_table(["start", *(f"{count:,} questions" for count in counts)], rows)
+
+
+def _mean_and_spread(runs: list[Interval]) -> str:
+    """Of one run, its 95 % interval over questions, where it has one; of several, the lowest and the highest."""
+    if not runs:
+        return ""
+    values = [run.value for run in runs]
+    low, high = (min(values), max(values)) if len(runs) > 1 else (runs[0].low, runs[0].high)
+    mean = sum(values) / len(values)
+    return f"{mean:.1f}" if low == high else with_interval({"value": mean, "low": low, "high": high})
 
 
 def put_into(file: Path, table: str, opening: str = OPENING, closing: str = CLOSING) -> None:

@@ -15,12 +15,22 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from ptv2.methods import METHODS
 from ptv2.metrics import Interval
-from ptv2.plots import COLOURS, STYLE
+from ptv2.plots import COLOURS, STYLE, label_ends
 from ptv2.report import Result
 from ptv2.sweeps import f1_by_point, trial_f1
 
 INK = "#333333"
-INIT_COLOURS = {"activations": COLOURS["p-tuning-v2"], "normal": COLOURS["fine-tuning"], "zero": COLOURS["head-only"]}
+# Of Okabe and Ito's palette, which colour-blind people can tell apart; fine-tuning, which is no way to start a prefix, in black and grey.
+START_COLOURS = {
+    "activations": "#0072B2",
+    "normal": "#D55E00",
+    "zero": "#E69F00",
+    "pretrained: recurring": "#56B4E9",
+    "pretrained: cloze": "#CC79A7",
+    "pretrained: mixed": "#009E73",
+    "full fine-tuning": "#000000",
+    "full fine-tuning, pretrained": "#7f7f7f",
+}
 
 
 def draw_length(records: list[dict]) -> Figure:
@@ -46,7 +56,7 @@ def draw_depth(records: list[dict], num_layers: int) -> Figure:
                 chosen = [(len(layers), f1) for layers, f1 in runs if edge in layers and layers == list(range(layers[0], layers[-1] + 1))]
                 ends += _draw_series(above, chosen, colour, name)
             above.set_ylim(0, _top(record))
-            _label(above, ends)
+            label_ends(above, ends)
             _draw_series(below, [(layers[0], f1) for layers, f1 in runs if len(layers) == 1], INK)
             above.set(xlabel="k, layers with a prefix", xlim=(0.5, num_layers + 1.3), xticks=range(1, num_layers + 1))
             below.set(
@@ -64,7 +74,7 @@ def _layers(trial: dict, num_layers: int) -> list[int]:
 
 
 def draw_points(records: list[dict]) -> Figure:
-    """F1 of named points, one row each, the first on top."""
+    """F1 of named points, one row each, by name from the top."""
     rows = max(len(f1_by_point(record)) for record in records)
 
     def draw(axes: Axes, record: dict) -> None:
@@ -108,43 +118,43 @@ def draw_search(record: dict) -> Figure:
             axes.set_xlabel(name.rpartition(".")[2].replace("_", " "))
             axes.set_ylim(0, _top(record))
         for axes in grid[:, 0]:
-            axes.set_ylabel("F1 on held-out, %")
+            axes.set_ylabel("F1 on held-out\nquestions, %")
     return figure
 
 
 def draw_few_shot(records: list[dict]) -> Figure:
-    """F1 against the number of training questions, one line an initialisation."""
+    """F1 against the number of training questions, one line a start; the records are those of `join_by_start`."""
 
     def draw(axes: Axes, record: dict) -> None:
         ends = []
-        for init, colour in INIT_COLOURS.items():
-            runs = [(t["train_questions"], trial_f1(t)) for t in record["trials"] if t["changes"]["prefix.init"] == init]
-            ends += _draw_series(axes, runs, colour, init)
+        for start, colour in START_COLOURS.items():
+            runs = [(trial["train_questions"], trial_f1(trial)) for trial in record["trials"] if trial["start"] == start]
+            ends += _draw_series(axes, runs, colour, start)
         _log_axis(axes, sorted({trial["train_questions"] for trial in record["trials"]}))
-        _label(axes, ends)
+        label_ends(axes, ends)
         axes.set_xlabel("training questions (log scale)")
 
-    return _panels(records, draw)
+    return _panels(records, draw, width=6)
 
 
 def draw_how_soon(records: list[dict]) -> Figure:
-    """F1 on held-out questions along the training on the most questions, one line a run, coloured by its initialisation."""
+    """F1 on held-out questions along the training on the most questions, one line a run, coloured by its start."""
 
     def draw(axes: Axes, record: dict) -> None:
         most = max(trial["train_questions"] for trial in record["trials"])
         ends = []
-        for init, colour in INIT_COLOURS.items():
-            curves = [t["curve"] for t in record["trials"] if (t["changes"]["prefix.init"], t["train_questions"]) == (init, most)]
+        for start, colour in START_COLOURS.items():
+            curves = [t["curve"] for t in record["trials"] if (t["start"], t["train_questions"]) == (start, most)]
             for curve in curves:
                 axes.plot(*zip(*curve, strict=True), color=colour, marker=".", linewidth=1.2)
             if curves:
-                ends.append((init, curves[0][-1][0], float(np.mean([curve[-1][1] for curve in curves])), colour))
+                ends.append((start, curves[0][-1][0], float(np.mean([curve[-1][1] for curve in curves])), colour))
         axes.set_ylim(bottom=0)
-        _label(axes, ends)
+        label_ends(axes, ends)
         axes.set_xlabel("windows trained on")
         axes.set_ylabel("F1 on held-out questions, %")
 
-    return _panels(records, draw, ylabel=False)
+    return _panels(records, draw, width=6, ylabel=False)
 
 
 def draw_tradeoff(results: list[Result], small: dict | None, published: dict) -> Figure:
@@ -157,10 +167,10 @@ def draw_tradeoff(results: list[Result], small: dict | None, published: dict) ->
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
-        tops: dict[str, tuple[float, float]] = {}
-        for method, share, f1, hollow in _dots(results, small):
-            _draw_runs(axes, [share], [f1.value], [f1], COLOURS[method], hollow=hollow)
-            tops[method] = share, max(f1.high, tops.get(method, (share, 0))[1])
+        tops: dict[str, tuple[float, float, str]] = {}
+        for title, colour, share, f1, form, hollow in _dots(results, small):
+            _draw_runs(axes, [share], [f1.value], [f1], colour, form=form, hollow=hollow)
+            tops[title] = share, max(f1.high, tops.get(title, (share, 0))[1]), colour
         _label_tops(axes, tops)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -174,27 +184,35 @@ def draw_tradeoff(results: list[Result], small: dict | None, published: dict) ->
     return figure
 
 
-def _label_tops(axes: Axes, tops: dict[str, tuple[float, float]]) -> None:
+def _label_tops(axes: Axes, tops: dict[str, tuple[float, float, str]]) -> None:
     """Name each method above its highest dot; where two names would meet, the right one goes higher."""
     placed: list[tuple[float, float]] = []
-    for method, (share, top) in sorted(tops.items(), key=lambda item: item[1]):
+    for title, (share, top, colour) in sorted(tops.items(), key=lambda item: item[1]):
         height = top + 1
         while any(abs(np.log10(share / other)) < 0.7 and abs(height - taken) < 5 for other, taken in placed):
             height += 1
         placed.append((share, height))
         axes.annotate(
-            METHODS[method].title, (share, height), color=COLOURS[method], va="bottom", ha="center",
+            title, (share, height), color=colour, va="bottom", ha="center",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
 
 
-def _dots(results: list[Result], small: dict | None) -> Iterator[tuple[str, float, Interval, bool]]:
-    """Method, trained numbers in percent of the backbone's, F1, and whether the dot is hollow."""
+def _dots(results: list[Result], small: dict | None) -> Iterator[tuple[str, str, float, Interval, str, bool]]:
+    """Title, colour, trained numbers in percent of the backbone's, F1, matplotlib's marker, and whether that is hollow."""
     for trial in small["trials"] if small else []:
         share = 100 * trial["parameters"]["trained"] / trial["parameters"]["backbone"]
-        yield trial["changes"]["method"], share, trial_f1(trial), True
+        method = trial["changes"]["method"]
+        yield METHODS[method].title, COLOURS[method], share, trial_f1(trial), "o", True
     for result in results:
-        yield result.method, result.share, Interval(**result.evaluation["f1"]), False
+        yield (
+            result.title,
+            COLOURS[result.method],
+            result.share,
+            Interval(**result.evaluation["f1"]),
+            "^" if result.is_pretrained else "o",
+            False,
+        )
 
 
 def _draw_published(axes: Axes, published: dict) -> None:
@@ -240,9 +258,11 @@ def _panels(records: list[dict], draw: Callable[[Axes, dict], None], width: floa
 
 
 def _title(record: dict) -> str:
-    """How much was trained on what, and with how many seeds."""
+    """How much was trained on what, in which precision if one was chosen, and with how many seeds."""
     seeds = [len(runs) for runs in f1_by_point(record).values()]
     data = " + ".join(_short(source) for source in record["config"]["train_data"])
+    precision = record["config"]["precision"]
+    data += "" if precision == "auto" else f", {precision}"
     return f"{_windows_seen(record)} windows of {data}\n{_range(seeds)} {'seed' if max(seeds) == 1 else 'seeds'} a point"
 
 
@@ -273,20 +293,11 @@ def _draw_series(axes: Axes, runs: list[tuple[float, Interval]], colour: str, na
     return [(name, places[-1], means[-1], colour)]
 
 
-def _draw_runs(axes: Axes, x, y, runs: list[Interval], colour: str, hollow: bool = False, sideways: bool = False) -> None:
+def _draw_runs(axes: Axes, x, y, runs: list[Interval], colour: str, form: str = "o", hollow: bool = False, sideways: bool = False) -> None:
     errors = np.array([[run.value - run.low for run in runs], [run.high - run.value for run in runs]])
     face = "white" if hollow else colour
     along = {"xerr" if sideways else "yerr": errors}
-    axes.errorbar(x, y, **along, fmt="o", color=colour, markerfacecolor=face, markersize=5, capsize=2, elinewidth=0.8, alpha=0.85)
-
-
-def _label(axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
-    """Name lines at their right ends, kept apart by a twentieth of the axis."""
-    low, high = axes.get_ylim()
-    last = -np.inf
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-        last = max(y, last + (high - low) / 16)
-        axes.annotate(name, (x, last), xytext=(8, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False)
+    axes.errorbar(x, y, **along, fmt=form, color=colour, markerfacecolor=face, markersize=5, capsize=2, elinewidth=0.8, alpha=0.85)
 
 
 def _log_axis(axes: Axes, ticks: list[int], base: float = 10) -> None:

@@ -26,8 +26,9 @@ from pathlib import Path
 from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.features import WindowConfig
+from ptv2.methods import METHODS
 from ptv2.metrics import Interval
-from ptv2.prefix import PrefixConfig
+from ptv2.prefix import INITIALISERS, PrefixConfig
 from ptv2.pretraining import PretrainingConfig
 from ptv2.training import TrainingConfig
 
@@ -150,9 +151,12 @@ def _first(search: dict[str, dict]) -> dict:
 
 
 def describe(changes: dict) -> str:
-    """The values of a point as people read them: "prefix_length=16, init=zero"."""
-    shown = {name.rpartition(".")[2]: f"{value:.4g}" if isinstance(value, float) else value for name, value in changes.items()}
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
+    """The values of a point as people read them: "prefix_length=16, init=zero"; of a directory its own name."""
+
+    def shown(value) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else Path(str(value)).name
+
+    return ", ".join(f"{name.rpartition('.')[2]}={shown(value)}" for name, value in changes.items())
 
 
 def make_config(values: dict, seed: int) -> TrainingConfig:
@@ -265,8 +269,38 @@ def trial_f1(trial: dict) -> Interval:
 
 
 def f1_by_point(record: dict) -> dict[str, list[Interval]]:
-    """F1 of each point's runs, in the record's order."""
+    """F1 of each point's runs, points by name, numbers in names by their value."""
     points: dict[str, list[Interval]] = {}
-    for trial in record["trials"]:
+    for trial in sorted(record["trials"], key=lambda trial: _by_name(trial["point"])):
         points.setdefault(trial["point"], []).append(trial_f1(trial))
     return points
+
+
+def _by_name(point: str) -> list[str | float]:
+    """Text and numbers in turn: "length=16" comes behind "length=8"."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", point.casefold())
+    return [float(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+def join_by_start(records: list[dict]) -> dict:
+    """One record of several sweeps over starts and numbers of questions, to draw them together.
+
+    Each trial gains a `start`, such as "normal", "pretrained: cloze" or "full fine-tuning", and its point is named after that and the
+    number of questions it was trained on.
+    """
+    trials = []
+    for record in records:
+        for trial in record["trials"]:
+            start = _start(record["config"], trial["changes"])
+            trials.append({**trial, "start": start, "point": f"{start}, {trial['train_questions']:,} questions"})
+    precisions = {record["config"]["precision"] for record in records}
+    shared = precisions.pop() if len(precisions) == 1 else "auto"
+    return {**records[0], "config": {**records[0]["config"], "precision": shared}, "trials": trials}
+
+
+def _start(config: dict, changes: dict) -> str:
+    method, init = changes.get("method", config["method"]), changes.get("prefix.init", config["prefix"]["init"])
+    pretrained = "" if init in INITIALISERS else f"pretrained: {Path(init).name.partition('-seed-')[0]}"
+    if method == "p-tuning-v2":
+        return pretrained or init
+    return METHODS[method].title + (", pretrained" if pretrained else "")

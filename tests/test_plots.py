@@ -10,10 +10,10 @@ import pytest
 from matplotlib import pyplot as plt
 
 from ptv2.errors import InputError
+from ptv2.methods import METHODS
 from ptv2.metrics import Interval
 from ptv2.plots import (
     COLOURS,
-    METHODS,
     draw_comparison,
     draw_prefix_attention,
     draw_prefix_attention_along_text,

@@ -24,11 +24,19 @@ def test_the_tables_are_those_of_the_records(page, folders):
     assert table == results_table(read_results([RESULTS / folder for folder in folders]))
 
 
-def test_the_table_of_the_finalists_is_that_of_their_record(tmp_path, capsys):
+SWEEP_TABLES = [
+    (["finalists"], "| point | trained numbers | seeds |"),
+    (["initialisation", "pretrained", "fine_tuning"], "| start | 32 questions |"),
+]
+
+
+@pytest.mark.parametrize(("names", "head"), SWEEP_TABLES)
+def test_the_tables_of_sweeps_are_those_of_their_records(names, head, tmp_path, capsys):
     page, copy = REPOSITORY / "results" / "README.md", tmp_path / "README.md"
     copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    assert main(["report", str(RESULTS / "sweeps" / "finalists.json"), "--into", str(copy)]) == 0
-    assert "| point | trained numbers | seeds |" in capsys.readouterr().out
+    files = [str(RESULTS / "sweeps" / f"{name}.json") for name in names]
+    assert main(["report", *files, "--into", str(copy), *(["--starts"] if len(files) > 1 else [])]) == 0
+    assert head in capsys.readouterr().out
     assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run make report"
 
 
@@ -42,7 +50,7 @@ def test_the_defaults_are_the_best_of_the_finalists():
 
 def test_three_seeds_of_the_prefix_and_both_baselines_are_recorded():
     results = read_results([RESULTS / "runs"])
-    seeds = [result.run["config"]["seed"] for result in results if result.method == "p-tuning-v2"]
+    seeds = [result.run["config"]["seed"] for result in results if result.title == "P-tuning v2"]
     assert len(set(seeds)) >= 3
     assert {result.method for result in results} >= {"p-tuning-v2", "fine-tuning", "head-only"}
     assert all(result.evaluation for result in results)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from ptv2.report import Result, sweep_table
-from ptv2.sweep_plots import draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_search, draw_tradeoff
-from ptv2.sweeps import trial_f1
+from ptv2.report import Result, few_shot_table, sweep_table
+from ptv2.sweep_plots import START_COLOURS, draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_search, draw_tradeoff
+from ptv2.sweeps import join_by_start, trial_f1
 
 
 def trial(point: str, changes: dict, seed: int, f1: float, evaluated: bool = True, questions: int = 700) -> dict:
@@ -18,8 +18,9 @@ def trial(point: str, changes: dict, seed: int, f1: float, evaluated: bool = Tru
     }  # fmt: skip
 
 
-def record(trials: list[dict]) -> dict:
-    return {"config": {"train_data": ["../data/squadshifts_new_wiki_v1.0.json.gz"]}, "trials": trials}
+def record(trials: list[dict], method: str = "p-tuning-v2") -> dict:
+    config = {"method": method, "train_data": ["../data/squadshifts_new_wiki_v1.0.json.gz"], "prefix": {"init": "activations"}}
+    return {"config": {**config, "precision": "int8"}, "trials": trials}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def test_a_line_joins_the_means_over_seeds_and_each_run_is_a_dot():
     assert lines(axes) == [([1, 4, 16], [11.5, 14.5, 26.5])]
     dots = axes.containers[0].lines[0]
     assert sorted(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == [(P, 10 + P + s) for P in (1, 4, 16) for s in (0, 1)]
-    assert axes.get_title(loc="left") == "2,000 windows of new_wiki\n2 seeds a point"
+    assert axes.get_title(loc="left") == "2,000 windows of new_wiki, int8\n2 seeds a point"
     assert axes.get_ylabel() == "F1 on xquad_en, %" and axes.get_ylim()[0] == 0
 
 
@@ -72,11 +73,11 @@ def test_the_depth_figure_sorts_runs_into_first_last_and_alone():
     assert {text.get_text() for text in above.texts} == {"first k", "last k"}
 
 
-def test_points_have_a_row_each_in_the_order_of_the_record():
-    runs = [trial(name, {}, seed, f1 + seed) for seed in (0, 1) for name, f1 in (("embedding", 30), ("MLP", 20))]
+def test_points_have_a_row_each_by_name_and_the_numbers_in_it():
+    runs = [trial(name, {}, seed, f1 + seed) for seed in (0, 1) for name, f1 in (("MLP, 10", 20), ("embedding", 30), ("MLP, 9", 10))]
     (axes,) = draw_points([record(runs)]).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["embedding", "MLP"]
-    assert lines(axes) == [([30.5, 30.5], [-0.3, 0.3]), ([20.5, 20.5], [0.7, 1.3])]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["embedding", "MLP, 9", "MLP, 10"]
+    assert lines(axes) == [([30.5, 30.5], [-0.3, 0.3]), ([10.5, 10.5], [0.7, 1.3]), ([20.5, 20.5], [1.7, 2.3])]
     assert axes.yaxis_inverted() or axes.get_ylim()[0] > axes.get_ylim()[1]
 
 
@@ -96,11 +97,40 @@ def test_initialisations_are_drawn_by_questions_and_along_the_training():
         trial(f"{n} {init}", {"prefix.init": init, "max_train_questions": n}, 0, f1 + n / 100, questions=n or 700)
         for n in (0, 32) for init, f1 in (("zero", 5), ("normal", 10))
     ]  # fmt: skip
-    (axes,) = draw_few_shot([record(runs)]).axes
+    tuned = record([trial("32 plain", {"prefix.init": "activations"}, 0, 30, questions=32)], method="fine-tuning")
+    joined = join_by_start([record(runs), tuned])
+    (axes,) = draw_few_shot([joined]).axes
     assert lines(axes) == [([32, 700], [10.32, 10]), ([32, 700], [5.32, 5])]
-    (axes,) = draw_how_soon([record(runs)]).axes
+    assert {text.get_text() for text in axes.texts} == {"zero", "normal", "full fine-tuning"}
+    (axes,) = draw_how_soon([join_by_start([record(runs)])]).axes
     assert lines(axes) == [([1000, 2000], [5, 10]), ([1000, 2000], [2.5, 5])]  # of the runs on all questions
     assert [text.get_text() for text in axes.texts] == ["zero", "normal"]  # from below
+
+
+def test_starts_have_names_that_tell_methods_and_checkpoints_apart():
+    inits = ["normal", "runs/pretraining/cloze-seed-0"]
+    ours, full = (
+        record([trial(init, {"prefix.init": init}, 0, 10, questions=32) for init in inits], method=method)
+        for method in ("p-tuning-v2", "fine-tuning")
+    )
+    joined = join_by_start([ours, full])
+    assert [each["start"] for each in joined["trials"]] == [
+        "normal", "pretrained: cloze", "full fine-tuning", "full fine-tuning, pretrained",
+    ]  # fmt: skip
+    assert {each["start"] for each in joined["trials"]} <= set(START_COLOURS)
+
+
+def test_the_few_shot_table_has_a_row_a_start_and_a_column_a_number_of_questions():
+    runs = [
+        trial("", {"prefix.init": "zero"}, 0, 10.0, questions=32),
+        trial("", {"prefix.init": "zero"}, 1, 13.0, questions=32),
+        trial("", {"prefix.init": "zero"}, 0, 20.0, questions=7000),
+        trial("", {"prefix.init": "normal"}, 0, 5.0, questions=7000, evaluated=False),
+    ]
+    assert few_shot_table(join_by_start([record(runs)])).splitlines() == [
+        "| start | 32 questions | 7,000 questions |", "| --- | --: | --: |",
+        "| zero | 11.5 [10.0, 13.0] | 20.0 [18.0, 23.0] |", "| normal |  | 5.0 |",
+    ]  # fmt: skip
 
 
 def test_the_trade_off_has_runs_filled_small_runs_hollow_and_published_systems_as_lines():
@@ -129,5 +159,5 @@ def test_the_table_has_means_and_what_is_known_of_their_spread():
         trial("held out", {}, 0, 5.0, evaluated=False),
     ]
     assert sweep_table(record(runs)).splitlines()[2:] == [
-        "| twice | 10 | 2 | 11.5 | 10.0 to 13.0 |", "| once | 10 | 1 | 20.0 | 20.0 [18.0, 23.0] |", "| held out | 10 | 1 | 5.0 |  |",
+        "| held out | 10 | 1 | 5.0 |  |", "| once | 10 | 1 | 20.0 | 20.0 [18.0, 23.0] |", "| twice | 10 | 2 | 11.5 | 10.0 to 13.0 |",
     ]  # fmt: skip

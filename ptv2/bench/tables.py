@@ -6,7 +6,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ptv2 import records
-from ptv2.plots import STYLE, save
+from ptv2.plots import STYLE, label_ends, save
 from ptv2.report import markdown_table, put_into
 
 OURS, PEER, FULL = "#0072B2", "#737373", "#D55E00"  # Okabe and Ito's
@@ -187,15 +187,13 @@ def draw_accuracy(record: dict) -> Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
         for name, method in record["methods"].items():
-            minutes = [0.0, *(point["minutes"] for point in method["curve"])]
-            f1 = [None, *(point["f1"] for point in method["curve"])]
+            minutes, f1 = ([point[what] for point in method["curve"]] for what in ("minutes", "f1"))
             dashes = "--" if name.endswith("int8") else "-"
-            axes.plot(minutes[1:], f1[1:], marker="o", markersize=4, color=_colour(name), linestyle=dashes)
-            axes.annotate(
-                method["title"], (minutes[-1], f1[-1]), xytext=(6, 0), textcoords="offset points", color=_colour(name), va="center"
-            )
+            axes.plot(minutes, f1, marker="o", markersize=4, color=_colour(name), linestyle=dashes)
         axes.set_xlim(0, 1.32 * max(m["curve"][-1]["minutes"] for m in record["methods"].values()))
         axes.set_ylim(bottom=0)
+        last = {name: method["curve"][-1] for name, method in record["methods"].items()}
+        label_ends(axes, [(m["title"], last[name]["minutes"], last[name]["f1"], _colour(name)) for name, m in record["methods"].items()])
         axes.set_xlabel("minutes of training, each method alone on the same cores in turn")
         axes.set_ylabel("F1 on held-out training articles, %")
     return figure
