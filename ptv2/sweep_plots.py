@@ -185,17 +185,19 @@ def draw_tradeoff(results: list[Result], small: dict | None, published: dict) ->
 
 
 def _label_tops(axes: Axes, tops: dict[str, tuple[float, float, str]]) -> None:
-    """Name each method above its highest dot; where two names would meet, the right one goes higher."""
+    """Name each method above its highest dot, or at the left of it where a neighbour's dot is in the way; where two names would
+    meet, the right one goes higher."""
     placed: list[tuple[float, float]] = []
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for title, (share, top, colour) in sorted(tops.items(), key=lambda item: item[1]):
         height = top + 1
+        if any(0 < abs(np.log10(other / share)) < 0.5 and 0 < taken - top < 7 for other, taken, _ in tops.values()):
+            axes.annotate(title, (share, top), xytext=(-8, -6), textcoords="offset points", color=colour, va="center", ha="right", bbox=box)
+            continue
         while any(abs(np.log10(share / other)) < 0.7 and abs(height - taken) < 5 for other, taken in placed):
             height += 1
         placed.append((share, height))
-        axes.annotate(
-            title, (share, height), color=colour, va="bottom", ha="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )  # fmt: skip
+        axes.annotate(title, (share, height), color=colour, va="bottom", ha="center", bbox=box)
 
 
 def _dots(results: list[Result], small: dict | None) -> Iterator[tuple[str, str, float, Interval, str, bool]]:
