@@ -56,7 +56,7 @@ def show(figure, name: str, data: object, output_dir: str | Path) -> None:
 
     picture = io.BytesIO()
     with plt.rc_context(STYLE):
-        figure.savefig(picture, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        figure.savefig(picture, format="png", dpi=PNG_DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
         if output_dir:
             path = Path(output_dir) / name
             records.write_json(path.with_name(f"{name}.json"), data)  # makes the folder, too

@@ -97,7 +97,7 @@ def draw_search(record: dict) -> Figure:
     names = list(dict.fromkeys(name for trial in record["trials"] for name in trial["changes"]))
     columns = min(3, len(names))
     with plt.rc_context(STYLE):
-        size = (3.4 * columns, 2.8 * -(-len(names) // columns))
+        size = (3.2 * columns, 2.3 * -(-len(names) // columns))
         figure, grid = plt.subplots(-(-len(names) // columns), columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
         for axes, name in itertools.zip_longest(grid.flat, names):
             if name is None:
@@ -134,7 +134,7 @@ def draw_few_shot(records: list[dict]) -> Figure:
         label_ends(axes, ends)
         axes.set_xlabel("training questions (log scale)")
 
-    return _panels(records, draw, width=6)
+    return _panels(records, draw, width=4.8, height=3.3)
 
 
 def draw_how_soon(records: list[dict]) -> Figure:
@@ -154,7 +154,7 @@ def draw_how_soon(records: list[dict]) -> Figure:
         axes.set_xlabel("windows trained on")
         axes.set_ylabel("F1 on held-out questions, %")
 
-    return _panels(records, draw, width=6, ylabel=False)
+    return _panels(records, draw, width=4.8, height=3.3, ylabel=False)
 
 
 def draw_tradeoff(results: list[Result], small: dict | None, published: dict) -> Figure:
