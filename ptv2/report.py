@@ -126,17 +126,9 @@ def sweep_table(record: dict) -> str:
     """A Markdown table of a sweep's points, by name: what was trained, and F1 over seeds."""
     rows = []
     for point, runs in f1_by_point(record).items():
-        values = [run.value for run in runs]
         first = next(trial for trial in record["trials"] if trial["point"] == point)
-        shown = (
-            f"{min(values):.1f} to {max(values):.1f}"
-            if len(runs) > 1
-            else ""
-            if runs[0].low == runs[0].high
-            else with_interval(vars(runs[0]))
-        )
-        rows.append([point, f"{first['parameters']['trained']:,}", len(runs), f"{sum(values) / len(values):.1f}", shown])
-    return markdown_table(["point", "trained numbers", "seeds", "mean F1, %", "over seeds, or 95 % interval"], rows)
+        rows.append([point, f"{first['parameters']['trained']:,}", len(runs), _mean_and_spread(runs)])
+    return markdown_table(["point", "trained numbers", "seeds", "mean F1, % [lowest, highest; of one seed its 95 % interval]"], rows)
 
 
 def few_shot_table(record: dict) -> str:
@@ -150,7 +142,7 @@ def few_shot_table(record: dict) -> str:
 
 
 def _mean_and_spread(runs: list[Interval]) -> str:
-    """Of one run, its 95 % interval over questions, where it has one; of several, the lowest and the highest."""
+    """ "36.2 [33.0, 40.8]": of several runs, the lowest and the highest; of one, its 95 % interval over questions, where it has one."""
     if not runs:
         return ""
     values = [run.value for run in runs]

@@ -1,11 +1,11 @@
-"""Figures of sweeps, from their records (`ptv2.sweeps`), and of all methods side by side.
+"""Figures of sweeps, from their records (`ptv2.sweeps`).
 
 One panel a record, so that a small sweep stands beside a large one. Every run is a dot with the 95 % interval over questions
 (none where a run was not evaluated: then F1 is that on held-out questions); a line joins the means over seeds.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -13,10 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from ptv2.methods import METHODS
 from ptv2.metrics import Interval
 from ptv2.plots import COLOURS, STYLE, label_ends
-from ptv2.report import Result
 from ptv2.sweeps import f1_by_point, trial_f1
 
 INK = "#333333"
@@ -81,7 +79,7 @@ def draw_points(records: list[dict]) -> Figure:
         points = f1_by_point(record)
         for row, runs in enumerate(points.values()):
             places = row + 0.14 * (np.arange(len(runs)) - (len(runs) - 1) / 2)
-            _draw_runs(axes, [run.value for run in runs], places, runs, COLOURS["p-tuning-v2"], sideways=True)
+            draw_runs(axes, [run.value for run in runs], places, runs, COLOURS["p-tuning-v2"], sideways=True)
             axes.plot([np.mean([run.value for run in runs])] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.5)
         axes.set_yticks(range(len(points)), points)
         axes.set_ylim(rows - 0.5, -0.5)
@@ -157,92 +155,8 @@ def draw_how_soon(records: list[dict]) -> Figure:
     return _panels(records, draw, width=4.8, height=3.3, ylabel=False)
 
 
-def draw_tradeoff(results: list[Result], small: dict | None, published: dict) -> Figure:
-    """F1 against trained numbers on a log axis, with published systems as lines.
-
-    Args:
-        results: evaluated runs; filled dots.
-        small: record of a sweep over methods; hollow dots.
-        published: as `ptv2.evaluation.published_record` makes it, of the same questions.
-    """
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
-        tops: dict[str, tuple[float, float, str]] = {}
-        for title, colour, share, f1, form, hollow in _dots(results, small):
-            _draw_runs(axes, [share], [f1.value], [f1], colour, form=form, hollow=hollow)
-            tops[title] = share, max(f1.high, tops.get(title, (share, 0))[1]), colour
-        _label_tops(axes, tops)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.margins(x=0.1)
-        _draw_published(axes, published)
-        axes.set_ylim(0, 100)
-        axes.set_xlabel("trained numbers, % of the backbone's (log scale)")
-        axes.set_ylabel(f"F1 on {_short(published['data'])}, % (bars: 95 % interval)")
-        kinds = [f"● {_windows(results)} windows"] + ([f"○ {_windows_seen(small)} windows"] if small else [])
-        axes.set_title("    ".join([*kinds, "- - published systems"]), fontsize=10, loc="left")
-    return figure
-
-
-def _label_tops(axes: Axes, tops: dict[str, tuple[float, float, str]]) -> None:
-    """Name each method above its highest dot, or at the left of it where a neighbour's dot is in the way; where two names would
-    meet, the right one goes higher."""
-    placed: list[tuple[float, float]] = []
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    for title, (share, top, colour) in sorted(tops.items(), key=lambda item: item[1]):
-        height = top + 1
-        if any(0 < abs(np.log10(other / share)) < 0.5 and 0 < taken - top < 7 for other, taken, _ in tops.values()):
-            axes.annotate(title, (share, top), xytext=(-8, -6), textcoords="offset points", color=colour, va="center", ha="right", bbox=box)
-            continue
-        while any(abs(np.log10(share / other)) < 0.7 and abs(height - taken) < 5 for other, taken in placed):
-            height += 1
-        placed.append((share, height))
-        axes.annotate(title, (share, height), color=colour, va="bottom", ha="center", bbox=box)
-
-
-def _dots(results: list[Result], small: dict | None) -> Iterator[tuple[str, str, float, Interval, str, bool]]:
-    """Title, colour, trained numbers in percent of the backbone's, F1, matplotlib's marker, and whether that is hollow."""
-    for trial in small["trials"] if small else []:
-        share = 100 * trial["parameters"]["trained"] / trial["parameters"]["backbone"]
-        method = trial["changes"]["method"]
-        yield METHODS[method].title, COLOURS[method], share, trial_f1(trial), "o", True
-    for result in results:
-        yield (
-            result.title,
-            COLOURS[result.method],
-            result.share,
-            Interval(**result.evaluation["f1"]),
-            "^" if result.is_pretrained else "o",
-            False,
-        )
-
-
-def _draw_published(axes: Axes, published: dict) -> None:
-    """Dashed lines with their names at the left; systems less than 2 points apart share a label."""
-    groups: list[list[tuple[str, float]]] = []
-    for name, scores in sorted(published["systems"].items(), key=lambda item: item[1]["f1"]["value"]):
-        f1 = scores["f1"]["value"]
-        axes.axhline(f1, color="#8c8c8c", linewidth=1, linestyle=(0, (5, 4)), zorder=0)
-        if not groups or f1 - groups[-1][-1][1] >= 2:
-            groups.append([])
-        groups[-1].append((name.partition(" (")[0], f1))
-    for group, after in itertools.zip_longest(groups, groups[1:]):
-        below = after is not None and after[0][1] - group[-1][1] < 5  # no room above
-        axes.annotate(
-            ", ".join(name for name, _ in group), (0.01, group[0][1] if below else group[-1][1]), xycoords=("axes fraction", "data"),
-            xytext=(0, -2 if below else 2), textcoords="offset points", color="#595959", fontsize=9, va="top" if below else "bottom",
-        )  # fmt: skip
-
-
-def _windows(results: list[Result]) -> str:
-    return _range([result.run["steps"] * result.windows_per_step for result in results])
-
-
-def _windows_seen(record: dict) -> str:
-    return _range([trial["windows_seen"] for trial in record["trials"]])
-
-
-def _range(counts: list[int]) -> str:
+def lowest_to_highest(counts: list[int]) -> str:
+    """ "2,000", or "2,000 to 8,000" where they differ."""
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
@@ -262,10 +176,11 @@ def _panels(records: list[dict], draw: Callable[[Axes, dict], None], width: floa
 def _title(record: dict) -> str:
     """How much was trained on what, in which precision if one was chosen, and with how many seeds."""
     seeds = [len(runs) for runs in f1_by_point(record).values()]
-    data = " + ".join(_short(source) for source in record["config"]["train_data"])
+    data = " + ".join(short_name(source) for source in record["config"]["train_data"])
     precision = record["config"]["precision"]
     data += "" if precision == "auto" else f", {precision}"
-    return f"{_windows_seen(record)} windows of {data}\n{_range(seeds)} {'seed' if max(seeds) == 1 else 'seeds'} a point"
+    windows = lowest_to_highest([trial["windows_seen"] for trial in record["trials"]])
+    return f"{windows} windows of {data}\n{lowest_to_highest(seeds)} {'seed' if max(seeds) == 1 else 'seeds'} a point"
 
 
 def _top(record: dict) -> float:
@@ -275,10 +190,10 @@ def _top(record: dict) -> float:
 
 def _ylabel(record: dict) -> str:
     evaluation = record["trials"][0]["evaluation"]
-    return f"F1 on {_short(evaluation['data'])}, %" if evaluation else "F1 on held-out questions, %"
+    return f"F1 on {short_name(evaluation['data'])}, %" if evaluation else "F1 on held-out questions, %"
 
 
-def _short(source: str) -> str:
+def short_name(source: str) -> str:
     """A data set's name as people read it: without folder, version and suffix."""
     name = source.rstrip("/").rpartition("/")[2].partition(".json")[0]
     return name.removeprefix("squadshifts_").partition("_v1.")[0]
@@ -288,14 +203,15 @@ def _draw_series(axes: Axes, runs: list[tuple[float, Interval]], colour: str, na
     """Runs as dots, a line through the means; where and how to label its right end."""
     if not runs:
         return []
-    _draw_runs(axes, [x for x, _ in runs], [f1.value for _, f1 in runs], [f1 for _, f1 in runs], colour)
+    draw_runs(axes, [x for x, _ in runs], [f1.value for _, f1 in runs], [f1 for _, f1 in runs], colour)
     places = sorted({x for x, _ in runs})
     means = [float(np.mean([f1.value for at, f1 in runs if at == x])) for x in places]
     axes.plot(places, means, color=colour, linewidth=1.5)
     return [(name, places[-1], means[-1], colour)]
 
 
-def _draw_runs(axes: Axes, x, y, runs: list[Interval], colour: str, form: str = "o", hollow: bool = False, sideways: bool = False) -> None:
+def draw_runs(axes: Axes, x, y, runs: list[Interval], colour: str, form: str = "o", hollow: bool = False, sideways: bool = False) -> None:
+    """Dots at x, y with the runs' intervals, upright or sideways; `form` is a marker of matplotlib's."""
     errors = np.array([[run.value - run.low for run in runs], [run.high - run.value for run in runs]])
     face = "white" if hollow else colour
     along = {"xerr" if sideways else "yerr": errors}
