@@ -43,14 +43,17 @@ bench: env
 	for kind in train answer scale leads; do \
 	  $(BIN)/ptv2 bench $$kind $(BENCH_OPTIONS) --output runs/bench/$$kind.json --plot runs/bench/$$kind > /dev/null || exit 1; done
 
+SWEEPS := finalists length depth reparameterisation methods
+
 # The tables and the figures of the READMEs and of results/speed.md, from the records alone.
 report: env
 	$(BIN)/ptv2 report results/runs results/checkpoints --figure results/comparison.svg --into README.md
 	$(BIN)/ptv2 report results/pilots --into results/README.md
-	$(BIN)/ptv2 report results/sweeps/finalists.json --into results/README.md
+	$(BIN)/ptv2 report $(SWEEPS:%=results/sweeps/%.json) --into results/README.md
 	$(BIN)/ptv2 report --starts results/sweeps/initialisation.json results/sweeps/pretrained.json results/sweeps/fine_tuning.json \
 	  --into results/README.md
 	$(BIN)/ptv2 bench report --into README.md results/speed.md
 
+# Trained runs stay.
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs/notebooks runs/bench

@@ -156,6 +156,7 @@ def _add_run_and_data(parser: argparse.ArgumentParser) -> None:
 
 
 _CONFIGS = (TrainingConfig, PrefixConfig, WindowConfig)
+_SAID = ("method", "train_data", "seed", "objective", "prefix_length")  # in a recorded command even at their defaults
 _NESTED = {"prefix": PrefixConfig, "windows": WindowConfig, "pretraining": PretrainingConfig}
 
 
@@ -215,12 +216,12 @@ def config_from(options: argparse.Namespace) -> TrainingConfig:
 
 
 def command_line(config: TrainingConfig, run: Path) -> str:
-    """The command that repeats a training run: every option that differs from its default, and what decides the data."""
+    """The command that repeats a training run: every option that differs from its default, and those whose default may change."""
     words = ["ptv2", "pretrain" if config.pretraining else "train"]
     for holder in (config, config.prefix, config.windows, *([config.pretraining] if config.pretraining else [])):
         for field in _fields(type(holder)):
             value = getattr(holder, field.name)
-            if value == field.default and field.name not in ("method", "train_data", "seed", "objective"):
+            if value == field.default and field.name not in _SAID:
                 continue
             words += _words(field.name, value)
     return shlex.join([*words, "--output-dir", str(run)])

@@ -26,7 +26,7 @@ class PrefixConfig:
     """What a prefix looks like and where it starts.
 
     Args:
-        prefix_length: P, at least 1.
+        prefix_length: P, at least 1; the default was the best of 1 to 128 on held-out questions (`results/sweeps/length.json`).
         prefix_projection: False stores the P·2·L·E numbers themselves; True makes them with an embedding and a
             two-layer tanh network ("reparameterisation", section 3.3 of the paper).
         prefix_hidden_size: width of that network.
@@ -41,7 +41,7 @@ class PrefixConfig:
         InputError: a value is out of its range.
     """
 
-    prefix_length: int = 16
+    prefix_length: int = 32
     prefix_projection: bool = False
     prefix_hidden_size: int = 512
     prefix_dropout: float = 0.0

@@ -8,7 +8,7 @@ from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.methods import METHODS
 from ptv2.metrics import Interval
-from ptv2.sweeps import f1_by_point, trial_f1
+from ptv2.sweeps import f1_by_point, held_out_f1, trial_f1
 from ptv2.training import RUN_FILE
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
@@ -123,12 +123,17 @@ def markdown_table(head: list[str], rows: Iterable[list]) -> str:
 
 
 def sweep_table(record: dict) -> str:
-    """A Markdown table of a sweep's points, by name: what was trained, and F1 over seeds."""
+    """A Markdown table of a sweep's points, by name: what was trained, and mean F1 over seeds with its spread, on the evaluation's
+    questions, if there are any, and on held-out ones."""
+    trained = {trial["point"]: trial["parameters"]["trained"] for trial in record["trials"]}
+    evaluation = record["trials"][0]["evaluation"]
+    held_out = f1_by_point(record, held_out_f1)
+    head = [*([f"F1 on {short_name(evaluation['data'])}, %"] if evaluation else []), "F1 on held-out articles, %"]
     rows = []
     for point, runs in f1_by_point(record).items():
-        first = next(trial for trial in record["trials"] if trial["point"] == point)
-        rows.append([point, f"{first['parameters']['trained']:,}", len(runs), _mean_and_spread(runs)])
-    return markdown_table(["point", "trained numbers", "seeds", "mean F1, % [lowest, highest; of one seed its 95 % interval]"], rows)
+        scores = [runs, held_out[point]] if evaluation else [runs]
+        rows.append([point, f"{trained[point]:,}", len(runs), *map(_mean_and_spread, scores)])
+    return markdown_table(["point", "trained numbers", "seeds", *head], rows)
 
 
 def few_shot_table(record: dict) -> str:
@@ -167,6 +172,12 @@ def put_into(file: Path, table: str, opening: str = OPENING, closing: str = CLOS
 def with_interval(value: dict) -> str:
     """ "54.0 [51.6, 56.2]" of {"value", "low", "high"}."""
     return f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+
+
+def short_name(source: str) -> str:
+    """A data set's name as people read it: without folder, version and suffix."""
+    name = source.rstrip("/").rpartition("/")[2].partition(".json")[0]
+    return name.removeprefix("squadshifts_").partition("_v1.")[0]
 
 
 def bytes_text(count: int) -> str:

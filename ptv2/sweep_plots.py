@@ -12,12 +12,15 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import offset_copy
 
 from ptv2.metrics import Interval
 from ptv2.plots import COLOURS, STYLE, label_ends
+from ptv2.report import short_name
 from ptv2.sweeps import f1_by_point, trial_f1
 
 INK = "#333333"
+SEED_GAP = 5  # points between the dots of one place
 # Of Okabe and Ito's palette, which colour-blind people can tell apart; fine-tuning, which is no way to start a prefix, in black and grey.
 START_COLOURS = {
     "activations": "#0072B2",
@@ -193,29 +196,35 @@ def _ylabel(record: dict) -> str:
     return f"F1 on {short_name(evaluation['data'])}, %" if evaluation else "F1 on held-out questions, %"
 
 
-def short_name(source: str) -> str:
-    """A data set's name as people read it: without folder, version and suffix."""
-    name = source.rstrip("/").rpartition("/")[2].partition(".json")[0]
-    return name.removeprefix("squadshifts_").partition("_v1.")[0]
-
-
 def _draw_series(axes: Axes, runs: list[tuple[float, Interval]], colour: str, name: str = "") -> list[tuple[str, float, float, str]]:
     """Runs as dots, a line through the means; where and how to label its right end."""
     if not runs:
         return []
-    draw_runs(axes, [x for x, _ in runs], [f1.value for _, f1 in runs], [f1 for _, f1 in runs], colour)
-    places = sorted({x for x, _ in runs})
-    means = [float(np.mean([f1.value for at, f1 in runs if at == x])) for x in places]
-    axes.plot(places, means, color=colour, linewidth=1.5)
-    return [(name, places[-1], means[-1], colour)]
+    places: dict[float, list[Interval]] = {}
+    for x, f1 in sorted(runs, key=lambda run: run[0]):
+        places.setdefault(x, []).append(f1)
+    for x, seeds in places.items():
+        for index, f1 in enumerate(seeds):
+            draw_runs(axes, [x], [f1.value], [f1], colour, shift=SEED_GAP * (index - (len(seeds) - 1) / 2))
+    means = [float(np.mean([f1.value for f1 in seeds])) for seeds in places.values()]
+    axes.plot(list(places), means, color=colour, linewidth=1.5)
+    return [(name, max(places), means[-1], colour)]
 
 
-def draw_runs(axes: Axes, x, y, runs: list[Interval], colour: str, form: str = "o", hollow: bool = False, sideways: bool = False) -> None:
-    """Dots at x, y with the runs' intervals, upright or sideways; `form` is a marker of matplotlib's."""
+def draw_runs(
+    axes: Axes, x, y, runs: list[Interval], colour: str, form: str = "o", hollow: bool = False, sideways: bool = False, shift: float = 0
+) -> None:
+    """Dots at x, y with the runs' intervals, upright or sideways.
+
+    Args:
+        form: a marker of matplotlib's.
+        shift: to the right, in points, so that seeds of one place stand side by side on any scale.
+    """
     errors = np.array([[run.value - run.low for run in runs], [run.high - run.value for run in runs]])
-    face = "white" if hollow else colour
-    along = {"xerr" if sideways else "yerr": errors}
-    axes.errorbar(x, y, **along, fmt=form, color=colour, markerfacecolor=face, markersize=5, capsize=2, elinewidth=0.8, alpha=0.85)
+    along, face = {"xerr" if sideways else "yerr": errors}, "white" if hollow else colour
+    if shift:  # only then, for limits don't take such dots in; the line through them does
+        along["transform"] = offset_copy(axes.transData, axes.figure, shift, 0, units="points")
+    axes.errorbar(x, y, **along, fmt=form, color=colour, markerfacecolor=face, markersize=4, capsize=2, elinewidth=0.8, alpha=0.85)
 
 
 def _log_axis(axes: Axes, ticks: list[int], base: float = 10) -> None:

@@ -20,6 +20,7 @@ A specification is a TOML file: what all runs have in common, and the points in 
 import itertools
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -263,16 +264,19 @@ def read_sweep_record(file: str | Path) -> dict:
 
 def trial_f1(trial: dict) -> Interval:
     """A run's F1 in percent: on the evaluation's questions if it has one, else on the held-out ones, without an interval."""
-    if trial["evaluation"]:
-        return Interval(**trial["evaluation"]["f1"])
+    return Interval(**trial["evaluation"]["f1"]) if trial["evaluation"] else held_out_f1(trial)
+
+
+def held_out_f1(trial: dict) -> Interval:
+    """A run's F1 in percent on the questions held out of its training data, without an interval."""
     return Interval(*[trial["held_out"]["f1"]] * 3)
 
 
-def f1_by_point(record: dict) -> dict[str, list[Interval]]:
+def f1_by_point(record: dict, score: Callable[[dict], Interval] = trial_f1) -> dict[str, list[Interval]]:
     """F1 of each point's runs, points by name, numbers in names by their value."""
     points: dict[str, list[Interval]] = {}
     for trial in sorted(record["trials"], key=lambda trial: _by_name(trial["point"])):
-        points.setdefault(trial["point"], []).append(trial_f1(trial))
+        points.setdefault(trial["point"], []).append(score(trial))
     return points
 
 

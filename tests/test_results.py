@@ -5,13 +5,13 @@ import json
 import pytest
 from conftest import QUESTION_FILES, REPOSITORY
 
-from ptv2 import QuestionAnswerer, load_examples, score
+from ptv2 import PrefixConfig, QuestionAnswerer, load_examples, score
 from ptv2.cli import main
 from ptv2.evaluation import published_record
 from ptv2.methods import METHODS
 from ptv2.report import CLOSING, OPENING, read_results, results_table
 from ptv2.squad import examples_sha256
-from ptv2.sweeps import f1_by_point, read_sweep_record
+from ptv2.sweeps import f1_by_point, held_out_f1, read_sweep_record
 
 RESULTS = REPOSITORY / "results"
 CHECKPOINT = RESULTS / "checkpoints" / "p-tuning-v2"
@@ -25,7 +25,7 @@ def test_the_tables_are_those_of_the_records(page, folders):
 
 
 SWEEP_TABLES = [
-    (["finalists"], "| point | trained numbers | seeds |"),
+    *(([name], "| point | trained numbers | seeds |") for name in ("finalists", "length", "depth", "reparameterisation", "methods")),
     (["initialisation", "pretrained", "fine_tuning"], "| start | 32 questions |"),
 ]
 
@@ -46,6 +46,13 @@ def test_the_defaults_are_the_best_of_the_finalists():
     ours = METHODS["p-tuning-v2"]
     chosen = f"{ours.learning_rate:g}, head {ours.head_learning_rate:g}, {ours.schedule}, warm-up {ours.warmup:g}"
     assert max(sums, key=sums.get) == chosen
+
+
+def test_the_default_length_is_the_best_on_held_out_questions():
+    record = read_sweep_record(RESULTS / "sweeps" / "length.json")
+    sums = {name: sum(f1.value for f1 in runs) for name, runs in f1_by_point(record, held_out_f1).items()}
+    assert max(sums, key=sums.get) == f"prefix_length={PrefixConfig().prefix_length}"
+    assert {len(runs) for runs in f1_by_point(record).values()} == {3}
 
 
 def test_three_seeds_of_the_prefix_and_both_baselines_are_recorded():

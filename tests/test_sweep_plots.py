@@ -42,8 +42,10 @@ LENGTHS = [trial(f"prefix_length={P}", {"prefix.prefix_length": P}, seed, 10 + P
 def test_a_line_joins_the_means_over_seeds_and_each_run_is_a_dot():
     (axes,) = draw_length([record(LENGTHS)]).axes
     assert lines(axes) == [([1, 4, 16], [11.5, 14.5, 26.5])]
-    dots = axes.containers[0].lines[0]
-    assert sorted(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == [(P, 10 + P + s) for P in (1, 4, 16) for s in (0, 1)]
+    dots = [container.lines[0] for container in axes.containers]
+    assert [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots] == [(P, 10 + P + s) for P in (1, 4, 16) for s in (0, 1)]
+    at = [dot.get_transform().transform((4, 14))[0] for dot in dots]
+    assert at[1] > at[0]  # seeds side by side
     assert axes.get_title(loc="left") == "2,000 windows of new_wiki, int8\n2 seeds a point"
     assert axes.get_ylabel() == "F1 on xquad_en, %" and axes.get_ylim()[0] == 0
 
@@ -153,12 +155,14 @@ def test_the_trade_off_has_runs_filled_small_runs_hollow_and_published_systems_a
 
 
 def test_the_table_has_means_and_what_is_known_of_their_spread():
-    runs = [
-        trial("twice", {}, 0, 10.0),
-        trial("once", {}, 0, 20.0),
-        trial("twice", {}, 1, 13.0),
-        trial("held out", {}, 0, 5.0, evaluated=False),
-    ]
-    assert sweep_table(record(runs)).splitlines()[2:] == [
-        "| held out | 10 | 1 | 5.0 |", "| once | 10 | 1 | 20.0 [18.0, 23.0] |", "| twice | 10 | 2 | 11.5 [10.0, 13.0] |",
+    runs = [trial("twice", {}, 0, 10.0), trial("once", {}, 0, 20.0), trial("twice", {}, 1, 13.0)]
+    for each in runs:
+        each["held_out"]["f1"] += 1
+    assert sweep_table(record(runs)).splitlines() == [
+        "| point | trained numbers | seeds | F1 on xquad_en, % | F1 on held-out articles, % |", "| --- | --: | --: | --: | --: |",
+        "| once | 10 | 1 | 20.0 [18.0, 23.0] | 21.0 |", "| twice | 10 | 2 | 11.5 [10.0, 13.0] | 12.5 [11.0, 14.0] |",
+    ]  # fmt: skip
+    held_out = [trial("held out", {}, 0, 5.0, evaluated=False)]
+    assert sweep_table(record(held_out)).splitlines()[0::2] == [
+        "| point | trained numbers | seeds | F1 on held-out articles, % |", "| held out | 10 | 1 | 5.0 |",
     ]  # fmt: skip
