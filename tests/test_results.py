@@ -25,7 +25,10 @@ def test_the_tables_are_those_of_the_records(page, folders):
 
 
 SWEEP_TABLES = [
-    *(([name], "| point | trained numbers | seeds |") for name in ("finalists", "length", "depth", "reparameterisation", "methods")),
+    *(
+        ([name], "| point | trained numbers | seeds |")
+        for name in ("finalists", "budget", "length", "depth", "reparameterisation", "methods")
+    ),
     (["initialisation", "pretrained", "fine_tuning"], "| start | 32 questions |"),
 ]
 
