@@ -270,4 +270,4 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
     last = -np.inf
     for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
         last = max(y, last + (high - low) / 16)
-        axes.annotate(name, (x, last), xytext=(8, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False)
+        axes.annotate(name, (x, last), xytext=(12, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False)
