@@ -1,5 +1,6 @@
 """What the records of runs say, as a table and a sentence; `ptv2.plots` draws them."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.methods import METHODS
 from ptv2.metrics import Interval
-from ptv2.sweeps import f1_by_point, held_out_f1, trial_f1
+from ptv2.sweeps import f1_by_start, f1_over_seeds, held_out_f1
 from ptv2.training import RUN_FILE
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
@@ -127,33 +128,28 @@ def sweep_table(record: dict) -> str:
     questions, if there are any, and on held-out ones."""
     trained = {trial["point"]: trial["parameters"]["trained"] for trial in record["trials"]}
     evaluation = record["trials"][0]["evaluation"]
-    held_out = f1_by_point(record, held_out_f1)
+    seeds = Counter(trial["point"] for trial in record["trials"])
+    held_out = f1_over_seeds(record, held_out_f1)
     head = [*([f"F1 on {short_name(evaluation['data'])}, %"] if evaluation else []), "F1 on held-out articles, %"]
     rows = []
-    for point, runs in f1_by_point(record).items():
-        scores = [runs, held_out[point]] if evaluation else [runs]
-        rows.append([point, f"{trained[point]:,}", len(runs), *map(_mean_and_spread, scores)])
+    for point, f1 in f1_over_seeds(record).items():
+        scores = [f1, held_out[point]] if evaluation else [f1]
+        rows.append([point, f"{trained[point]:,}", seeds[point], *map(_with_spread, scores)])
     return markdown_table(["point", "trained numbers", "seeds", *head], rows)
 
 
 def few_shot_table(record: dict) -> str:
     """A Markdown table of a record of `join_by_start`: mean F1 over seeds for each start and number of questions, and its spread."""
     counts = sorted({trial["train_questions"] for trial in record["trials"]})
-    cells: dict[str, dict[int, list[Interval]]] = {}
-    for trial in record["trials"]:
-        cells.setdefault(trial["start"], {}).setdefault(trial["train_questions"], []).append(trial_f1(trial))
-    rows = [[start, *(_mean_and_spread(found.get(count, [])) for count in counts)] for start, found in cells.items()]
+    rows = [[start, *(_with_spread(f1.get(count)) for count in counts)] for start, f1 in f1_by_start(record).items()]
     return markdown_table(["start", *(f"{count:,} questions" for count in counts)], rows)
 
 
-def _mean_and_spread(runs: list[Interval]) -> str:
-    """ "36.2 [33.0, 40.8]": of several runs, the lowest and the highest; of one, its 95 % interval over questions, where it has one."""
-    if not runs:
+def _with_spread(f1: Interval | None) -> str:
+    """ "36.2 [33.0, 40.8]", or "36.2" where nothing is known of its spread, or "" where nothing was run."""
+    if f1 is None:
         return ""
-    values = [run.value for run in runs]
-    low, high = (min(values), max(values)) if len(runs) > 1 else (runs[0].low, runs[0].high)
-    mean = sum(values) / len(values)
-    return f"{mean:.1f}" if low == high else with_interval({"value": mean, "low": low, "high": high})
+    return f"{f1.value:.1f}" if f1.low == f1.high else with_interval(vars(f1))
 
 
 def put_into(file: Path, table: str, opening: str = OPENING, closing: str = CLOSING) -> None:

@@ -1,7 +1,7 @@
 """Figures of sweeps, from their records (`ptv2.sweeps`).
 
-One panel a record, so that a small sweep stands beside a large one. Every run is a dot with the 95 % interval over questions
-(none where a run was not evaluated: then F1 is that on held-out questions); a line joins the means over seeds.
+One panel a record, so that a small sweep stands beside a large one. Where no function says otherwise, every run is a dot with the 95 %
+interval over questions (none where a run was not evaluated: then F1 is that on held-out questions), and a line joins the means over seeds.
 """
 
 import itertools
@@ -17,10 +17,11 @@ from matplotlib.transforms import offset_copy
 from ptv2.metrics import Interval
 from ptv2.plots import COLOURS, STYLE, label_ends
 from ptv2.report import short_name
-from ptv2.sweeps import f1_by_point, trial_f1
+from ptv2.sweeps import f1_by_point, f1_by_start, over_seeds, trial_f1
 
 INK = "#333333"
 SEED_GAP = 5  # points between the dots of one place
+START_GAP = 2.5  # and between those of two starts
 # Of Okabe and Ito's palette, which colour-blind people can tell apart; fine-tuning, which is no way to start a prefix, in black and grey.
 START_COLOURS = {
     "activations": "#0072B2",
@@ -83,7 +84,7 @@ def draw_points(records: list[dict]) -> Figure:
         for row, runs in enumerate(points.values()):
             places = row + 0.14 * (np.arange(len(runs)) - (len(runs) - 1) / 2)
             draw_runs(axes, [run.value for run in runs], places, runs, COLOURS["p-tuning-v2"], sideways=True)
-            axes.plot([np.mean([run.value for run in runs])] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.5)
+            axes.plot([over_seeds(runs).value] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.5)
         axes.set_yticks(range(len(points)), points)
         axes.set_ylim(rows - 0.5, -0.5)
         axes.set_xlim(0, _top(record))
@@ -124,38 +125,49 @@ def draw_search(record: dict) -> Figure:
 
 
 def draw_few_shot(records: list[dict]) -> Figure:
-    """F1 against the number of training questions, one line a start; the records are those of `join_by_start`."""
+    """F1 against the number of training questions, one line a start; the records are those of `join_by_start`.
+
+    So many runs would hide each other: a dot is a mean over seeds, its bar goes from the lowest to the highest.
+    """
 
     def draw(axes: Axes, record: dict) -> None:
+        found = f1_by_start(record)
+        starts = [start for start in START_COLOURS if start in found]
+        every = sorted({trial["train_questions"] for trial in record["trials"]})
         ends = []
-        for start, colour in START_COLOURS.items():
-            runs = [(trial["train_questions"], trial_f1(trial)) for trial in record["trials"] if trial["start"] == start]
-            ends += _draw_series(axes, runs, colour, start)
-        _log_axis(axes, sorted({trial["train_questions"] for trial in record["trials"]}))
+        for index, start in enumerate(starts):
+            counts, f1, colour = list(found[start]), list(found[start].values()), START_COLOURS[start]
+            shift = START_GAP * (index - (len(starts) - 1) / 2)
+            draw_runs(axes, counts, [mean.value for mean in f1], f1, colour, form="o-", shift=shift)
+            ends.append((start, every[-1], f1[-1].value, colour))
+        _log_axis(axes, every)
+        axes.set_xlim(every[0] / 1.3, every[-1] * 1.3)
         label_ends(axes, ends)
         axes.set_xlabel("training questions (log scale)")
 
-    return _panels(records, draw, width=4.8, height=3.3)
+    return _panels(records, draw, width=6, height=4.5)
 
 
 def draw_how_soon(records: list[dict]) -> Figure:
-    """F1 on held-out questions along the training on the most questions, one line a run, coloured by its start."""
+    """F1 on held-out questions along the training on the most questions: by start, the mean over seeds, and their range as a band."""
 
     def draw(axes: Axes, record: dict) -> None:
         most = max(trial["train_questions"] for trial in record["trials"])
         ends = []
         for start, colour in START_COLOURS.items():
             curves = [t["curve"] for t in record["trials"] if (t["start"], t["train_questions"]) == (start, most)]
-            for curve in curves:
-                axes.plot(*zip(*curve, strict=True), color=colour, marker=".", linewidth=1.2)
-            if curves:
-                ends.append((start, curves[0][-1][0], float(np.mean([curve[-1][1] for curve in curves])), colour))
+            if not curves:
+                continue
+            windows, f1 = [point[0] for point in curves[0]], np.array([[point[1] for point in curve] for curve in curves])
+            axes.fill_between(windows, f1.min(0), f1.max(0), color=colour, alpha=0.12, linewidth=0)
+            axes.plot(windows, f1.mean(0), color=colour, marker=".", linewidth=1.2)
+            ends.append((start, windows[-1], float(f1.mean(0)[-1]), colour))
         axes.set_ylim(bottom=0)
         label_ends(axes, ends)
         axes.set_xlabel("windows trained on")
         axes.set_ylabel("F1 on held-out questions, %")
 
-    return _panels(records, draw, width=4.8, height=3.3, ylabel=False)
+    return _panels(records, draw, width=6, height=4, ylabel=False)
 
 
 def lowest_to_highest(counts: list[int]) -> str:
@@ -206,7 +218,7 @@ def _draw_series(axes: Axes, runs: list[tuple[float, Interval]], colour: str, na
     for x, seeds in places.items():
         for index, f1 in enumerate(seeds):
             draw_runs(axes, [x], [f1.value], [f1], colour, shift=SEED_GAP * (index - (len(seeds) - 1) / 2))
-    means = [float(np.mean([f1.value for f1 in seeds])) for seeds in places.values()]
+    means = [over_seeds(seeds).value for seeds in places.values()]
     axes.plot(list(places), means, color=colour, linewidth=1.5)
     return [(name, max(places), means[-1], colour)]
 
@@ -217,7 +229,7 @@ def draw_runs(
     """Dots at x, y with the runs' intervals, upright or sideways.
 
     Args:
-        form: a marker of matplotlib's.
+        form: a marker of matplotlib's, and "-" behind it for a line that joins the dots.
         shift: to the right, in points, so that seeds of one place stand side by side on any scale.
     """
     errors = np.array([[run.value - run.low for run in runs], [run.high - run.value for run in runs]])

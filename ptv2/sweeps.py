@@ -23,6 +23,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import mean
 
 from ptv2 import records
 from ptv2.errors import InputError
@@ -281,9 +282,20 @@ def f1_by_point(record: dict, score: Callable[[dict], Interval] = trial_f1) -> d
 
 
 def _by_name(point: str) -> list[str | float]:
-    """Text and numbers in turn: "length=16" comes behind "length=8"."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", point.casefold())
-    return [float(part) if place % 2 else part for place, part in enumerate(parts)]
+    """Text and numbers in turn: "length=16" comes behind "length=8", and "7,505 questions" behind "32 questions"."""
+    parts = re.split(r"(\d+(?:,\d{3})*(?:\.\d+)?)", point.casefold())
+    return [float(part.replace(",", "")) if place % 2 else part for place, part in enumerate(parts)]
+
+
+def over_seeds(runs: list[Interval]) -> Interval:
+    """The mean of a point's runs: from the lowest to the highest of several, or with the interval over questions of one."""
+    values = [run.value for run in runs]
+    return Interval(mean(values), min(values), max(values)) if len(runs) > 1 else runs[0]
+
+
+def f1_over_seeds(record: dict, score: Callable[[dict], Interval] = trial_f1) -> dict[str, Interval]:
+    """The mean F1 of each point, and its range over seeds; points by name."""
+    return {point: over_seeds(runs) for point, runs in f1_by_point(record, score).items()}
 
 
 def join_by_start(records: list[dict]) -> dict:
@@ -300,6 +312,14 @@ def join_by_start(records: list[dict]) -> dict:
     precisions = {record["config"]["precision"] for record in records}
     shared = precisions.pop() if len(precisions) == 1 else "auto"
     return {**records[0], "config": {**records[0]["config"], "precision": shared}, "trials": trials}
+
+
+def f1_by_start(record: dict) -> dict[str, dict[int, Interval]]:
+    """Of a record of `join_by_start`: F1 over seeds, by start and number of training questions."""
+    runs: dict[str, dict[int, list[Interval]]] = {}
+    for trial in record["trials"]:
+        runs.setdefault(trial["start"], {}).setdefault(trial["train_questions"], []).append(trial_f1(trial))
+    return {start: {count: over_seeds(found[count]) for count in sorted(found)} for start, found in runs.items()}
 
 
 def _start(config: dict, changes: dict) -> str:

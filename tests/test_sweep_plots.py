@@ -6,7 +6,7 @@ from matplotlib import pyplot as plt
 
 from ptv2.report import Result, few_shot_table, sweep_table
 from ptv2.sweep_plots import START_COLOURS, draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_search
-from ptv2.sweeps import join_by_start, trial_f1
+from ptv2.sweeps import f1_over_seeds, join_by_start, trial_f1
 from ptv2.tradeoff import draw_tradeoff
 
 
@@ -108,6 +108,20 @@ def test_initialisations_are_drawn_by_questions_and_along_the_training():
     (axes,) = draw_how_soon([join_by_start([record(runs)])]).axes
     assert lines(axes) == [([1000, 2000], [5, 10]), ([1000, 2000], [2.5, 5])]  # of the runs on all questions
     assert [text.get_text() for text in axes.texts] == ["zero", "normal"]  # from below
+
+
+def test_starts_with_several_seeds_are_drawn_as_means_with_the_range_of_the_seeds():
+    runs = [trial(f"{n}", {"prefix.init": "zero"}, seed, f1 + n / 100, questions=n) for n in (32, 7505) for seed, f1 in ((0, 10), (1, 14))]
+    joined = join_by_start([record(runs)])
+    assert list(f1_over_seeds(joined)) == ["zero, 32 questions", "zero, 7,505 questions"]  # by their value, commas or not
+    (axes,) = draw_few_shot([joined]).axes
+    assert lines(axes) == [([32, 7505], [12.32, 87.05])]
+    (bars,) = axes.containers[0].lines[2]
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [[10.32, 14.32], [85.05, 89.05]])
+    (axes,) = draw_how_soon([joined]).axes
+    assert lines(axes) == [([1000, 2000], [43.525, 87.05])]
+    (band,) = axes.collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices} >= {(1000, 42.525), (1000, 44.525), (2000, 85.05), (2000, 89.05)}
 
 
 def test_starts_have_names_that_tell_methods_and_checkpoints_apart():
