@@ -9,7 +9,7 @@ from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.methods import METHODS
 from ptv2.metrics import Interval
-from ptv2.sweeps import f1_by_start, f1_over_seeds, held_out_f1
+from ptv2.sweeps import f1_by_start, f1_over_seeds, held_out_f1, shares_held_out
 from ptv2.training import RUN_FILE
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
@@ -125,17 +125,18 @@ def markdown_table(head: list[str], rows: Iterable[list]) -> str:
 
 def sweep_table(record: dict) -> str:
     """A Markdown table of a sweep's points, by name: what was trained, and mean F1 over seeds with its spread, on the evaluation's
-    questions, if there are any, and on held-out ones."""
+    questions, if there are any, and on held-out ones, if all runs share those."""
     trained = {trial["point"]: trial["parameters"]["trained"] for trial in record["trials"]}
-    evaluation = record["trials"][0]["evaluation"]
     seeds = Counter(trial["point"] for trial in record["trials"])
-    held_out = f1_over_seeds(record, held_out_f1)
-    head = [*([f"F1 on {short_name(evaluation['data'])}, %"] if evaluation else []), "F1 on held-out articles, %"]
-    rows = []
-    for point, f1 in f1_over_seeds(record).items():
-        scores = [f1, held_out[point]] if evaluation else [f1]
-        rows.append([point, f"{trained[point]:,}", seeds[point], *map(_with_spread, scores)])
-    return markdown_table(["point", "trained numbers", "seeds", *head], rows)
+    evaluation = record["trials"][0]["evaluation"]
+    columns = {f"F1 on {short_name(evaluation['data'])}, %": f1_over_seeds(record)} if evaluation else {}
+    if shares_held_out(record):
+        columns["F1 on held-out articles, %"] = f1_over_seeds(record, held_out_f1)
+    rows = [
+        [point, f"{trained[point]:,}", seeds[point], *(_with_spread(f1[point]) for f1 in columns.values())]
+        for point in f1_over_seeds(record)
+    ]
+    return markdown_table(["point", "trained numbers", "seeds", *columns], rows)
 
 
 def few_shot_table(record: dict) -> str:

@@ -246,9 +246,9 @@ def merge_records(parts: list[dict]) -> dict:
 
 
 def _scored_on(trial: dict) -> tuple:
-    """Hashes of the backbone, the held-out questions and those of the evaluation."""
+    """Hashes of the backbone and of the questions that count: the evaluation's, or else the held-out ones."""
     provenance, evaluation = trial["provenance"], trial["evaluation"]
-    return provenance["backbone"]["sha256"], provenance["held_out"]["sha256"], evaluation and evaluation["data_sha256"]
+    return provenance["backbone"]["sha256"], evaluation["data_sha256"] if evaluation else provenance["held_out"]["sha256"]
 
 
 def read_sweep_record(file: str | Path) -> dict:
@@ -271,6 +271,11 @@ def trial_f1(trial: dict) -> Interval:
 def held_out_f1(trial: dict) -> Interval:
     """A run's F1 in percent on the questions held out of its training data, without an interval."""
     return Interval(*[trial["held_out"]["f1"]] * 3)
+
+
+def shares_held_out(record: dict) -> bool:
+    """Whether its runs held out the same questions; those that are made from texts depend on how they are made."""
+    return len({provenance["held_out"]["sha256"] for provenance in record["provenances"]}) == 1
 
 
 def f1_by_point(record: dict, score: Callable[[dict], Interval] = trial_f1) -> dict[str, list[Interval]]:
