@@ -43,7 +43,7 @@ bench: env
 	for kind in train answer scale leads; do \
 	  $(BIN)/ptv2 bench $$kind $(BENCH_OPTIONS) --output runs/bench/$$kind.json --plot runs/bench/$$kind > /dev/null || exit 1; done
 
-SWEEPS := finalists budget length depth reparameterisation methods
+SWEEPS := finalists alternatives budget pretraining transfer length depth reparameterisation methods
 
 # The tables and the figures of the READMEs and of results/speed.md, from the records alone.
 report: env
