@@ -403,7 +403,8 @@ def _report(options: argparse.Namespace) -> None:
     from ptv2.report import few_shot_table, put_into, read_results, results_table, sweep_table
 
     if options.starts or any(path.suffix == ".json" for path in options.records):
-        from ptv2.sweeps import join_by_start, read_sweep_record
+        from ptv2.sweep_scores import join_by_start
+        from ptv2.sweeps import read_sweep_record
 
         sweeps = {f"sweep: {file.stem}": read_sweep_record(file) for file in options.records}
         tables = {mark: sweep_table(record) for mark, record in sweeps.items()}

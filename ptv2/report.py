@@ -9,7 +9,7 @@ from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.methods import METHODS
 from ptv2.metrics import Interval
-from ptv2.sweeps import f1_by_start, f1_over_seeds, held_out_f1, shares_held_out
+from ptv2.sweep_scores import f1_by_start, f1_over_seeds, held_out_f1, shares_held_out
 from ptv2.training import RUN_FILE
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"

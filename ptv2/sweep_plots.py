@@ -17,7 +17,7 @@ from matplotlib.transforms import offset_copy
 from ptv2.metrics import Interval
 from ptv2.plots import COLOURS, STYLE, label_ends
 from ptv2.report import short_name
-from ptv2.sweeps import f1_by_point, f1_by_start, over_seeds, trial_f1
+from ptv2.sweep_scores import f1_by_point, f1_by_start, over_seeds, trial_f1
 
 INK = "#333333"
 SEED_GAP = 5  # points between the dots of one place

@@ -14,7 +14,7 @@ from ptv2.metrics import Interval
 from ptv2.plots import COLOURS, STYLE
 from ptv2.report import Result, short_name
 from ptv2.sweep_plots import draw_runs, lowest_to_highest
-from ptv2.sweeps import trial_f1
+from ptv2.sweep_scores import trial_f1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from ptv2.evaluation import published_record
 from ptv2.methods import METHODS
 from ptv2.report import CLOSING, OPENING, read_results, results_table
 from ptv2.squad import examples_sha256
-from ptv2.sweeps import f1_by_point, f1_over_seeds, held_out_f1, read_sweep_record
+from ptv2.sweep_scores import f1_by_point, f1_over_seeds, held_out_f1
+from ptv2.sweeps import read_sweep_record
 
 RESULTS = REPOSITORY / "results"
 CHECKPOINT = RESULTS / "checkpoints" / "p-tuning-v2"

@@ -6,7 +6,7 @@ from matplotlib import pyplot as plt
 
 from ptv2.report import Result, few_shot_table, sweep_table
 from ptv2.sweep_plots import START_COLOURS, draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_search
-from ptv2.sweeps import f1_over_seeds, join_by_start, trial_f1
+from ptv2.sweep_scores import f1_over_seeds, join_by_start, trial_f1
 from ptv2.tradeoff import draw_tradeoff
 
 

@@ -406,3 +406,19 @@ def test_records_that_do_not_belong_together_are_refused(spec, trained):
     moved["provenances"][0]["held_out"]["sha256"] = "another"
     with pytest.raises(InputError, match="not all scored on the same questions"):
         merge_records([one, moved])
+
+
+def test_pretraining_objectives_may_hold_out_different_questions_where_an_evaluation_compares_them(spec, trained):
+    one = exported(spec, "a.log", {"seeds": [0], "grid.prefix.init": ["normal"], "grid.learning_rate": [0.1]})
+    one["trials"][0]["evaluation"] = {"data_sha256": "the evaluation"}
+    other = json.loads(json.dumps(one))
+    for record, objective in ((one, "mixed"), (other, "cloze")):
+        record["trials"][0] |= {"point": objective, "changes": {"pretraining.objective": objective}}
+    other["provenances"][0]["held_out"]["sha256"] = "another"
+    assert [trial["point"] for trial in merge_records([one, other])["trials"]] == ["mixed", "cloze"]
+    for field, value in (("evaluation", None), ("changes", {})):  # nothing compares them; no pretraining made the questions
+        parts = json.loads(json.dumps([one, other]))
+        for record in parts:
+            record["trials"][0][field] = value
+        with pytest.raises(InputError, match="not all scored on the same questions"):
+            merge_records(parts)
