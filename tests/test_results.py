@@ -11,7 +11,7 @@ from ptv2.evaluation import published_record
 from ptv2.methods import METHODS
 from ptv2.report import CLOSING, OPENING, read_results, results_table
 from ptv2.squad import examples_sha256
-from ptv2.sweep_scores import f1_by_point, f1_over_seeds, held_out_f1
+from ptv2.sweep_scores import f1_by_point, f1_by_start, f1_over_seeds, held_out_f1, join_by_start
 from ptv2.sweeps import read_sweep_record
 
 RESULTS = REPOSITORY / "results"
@@ -68,6 +68,23 @@ def test_no_other_optimiser_beats_the_default_and_weight_decay_does_in_short_tra
         assert run["data"] == plain["data"] and {**run["config"], "weight_decay": 0.0} == plain["config"]
         gains[run["config"]["weight_decay"]] = run["metrics"]["held_out_f1"] - plain["metrics"]["held_out_f1"]
     assert gains[0.1] < -1 and abs(gains[0.01]) < 1  # seeds of one point lie farther apart than that in short runs
+
+
+def test_what_the_pages_say_of_starts_is_what_the_records_say():
+    record = join_by_start([read_sweep_record(RESULTS / "sweeps" / f"{name}.json") for name in STARTS])
+    assert {len(runs) for runs in f1_by_point(record).values()} == {3}
+    means = {start: {count: f1.value for count, f1 in row.items()} for start, row in f1_by_start(record).items()}
+    before = {point: f1.value for point, f1 in f1_over_seeds(read_sweep_record(RESULTS / "sweeps" / "pretraining.json")).items()}
+    counts = set(means["activations"])
+    assert len(counts) == 5 and all(set(row) == counts for start, row in means.items() if start != "zero")
+    plain = {count: max(means[start].get(count, 0.0) for start in ("activations", "normal", "zero")) for count in counts}
+    for count in counts:
+        gain = means["full fine-tuning, pretrained"][count] - means["full fine-tuning"][count]
+        for objective in ("mixed", "cloze"):
+            pretrained = means[f"pretrained: {objective}"][count]
+            assert pretrained > plain[count] + 5 and pretrained - means["activations"][count] < gain
+            assert (pretrained < before[objective]) == (count == 32)  # forgotten; from 128 on, learned
+        assert means["pretrained: recurring"][count] < plain[count] + 1
 
 
 def test_three_seeds_of_the_prefix_and_both_baselines_are_recorded():
