@@ -50,6 +50,7 @@ report: env
 	$(BIN)/ptv2 report results/runs results/checkpoints --figure results/comparison.svg --into README.md
 	$(BIN)/ptv2 report results/pilots --into results/README.md
 	$(BIN)/ptv2 report $(SWEEPS:%=results/sweeps/%.json) --into results/README.md
+	$(BIN)/ptv2 report results/sweeps/long.json --gains "the defaults" --into results/README.md
 	$(BIN)/ptv2 report --starts results/sweeps/initialisation.json results/sweeps/pretrained.json results/sweeps/fine_tuning.json \
 	  --into results/README.md
 	$(BIN)/ptv2 bench report --into README.md results/speed.md

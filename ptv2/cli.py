@@ -145,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--starts", action="store_true", help="the sweeps are over starts and numbers of questions: one table of all (<!-- starts -->)"
     )
+    added.add_argument(
+        "--gains", metavar="POINT", help="how a sweep's other points do beside this one, seed by seed (<!-- gains: NAME -->)"
+    )
     return parser
 
 
@@ -400,7 +403,7 @@ def _notebooks(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     from ptv2.plots import draw_comparison  # matplotlib is slow to import
-    from ptv2.report import few_shot_table, put_into, read_results, results_table, sweep_table
+    from ptv2.report import few_shot_table, gains_table, put_into, read_results, results_table, sweep_table
 
     if options.starts or any(path.suffix == ".json" for path in options.records):
         from ptv2.sweep_scores import join_by_start
@@ -408,6 +411,8 @@ def _report(options: argparse.Namespace) -> None:
 
         sweeps = {f"sweep: {file.stem}": read_sweep_record(file) for file in options.records}
         tables = {mark: sweep_table(record) for mark, record in sweeps.items()}
+        if options.gains:
+            tables = {f"gains: {record['name']}": gains_table(record, options.gains) for record in sweeps.values()}
         if options.starts:
             tables = {"starts": few_shot_table(join_by_start(list(sweeps.values())))}
         for mark, table in tables.items():

@@ -32,7 +32,7 @@ class TrainingConfig:
         gradient_accumulation: forward passes per optimiser step.
         learning_rate: of what the method trains beside the head; 0 for the method's default.
         head_learning_rate: of the span head; 0 for the method's default.
-        weight_decay: of AdamW, on weights that are not biases or norms.
+        weight_decay: of AdamW, on weights that are not biases or norms; None for the method's default.
         optimizer: "adamw", "adafactor" or "rmsprop".
         schedule: how the learning rate falls after the warm-up: "linear" or "cosine", to 0 at the end, or "constant"; "" for the
             method's default.
@@ -63,7 +63,7 @@ class TrainingConfig:
     gradient_accumulation: int = 1
     learning_rate: float = 0.0
     head_learning_rate: float = 0.0
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     optimizer: str = "adamw"
     schedule: str = ""
     warmup: float | None = None
@@ -81,6 +81,11 @@ class TrainingConfig:
         object.__setattr__(self, "train_data", sources)
         if self.method not in METHODS:
             raise InputError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
+        # A record shall hold the values themselves.
+        left_open = {"learning_rate": 0, "head_learning_rate": 0, "weight_decay": None, "schedule": "", "warmup": None}
+        for name, value in left_open.items():
+            if getattr(self, name) == value:
+                object.__setattr__(self, name, getattr(METHODS[self.method], name))
         if not self.train_data:
             raise InputError("train_data is empty; name a file, a hub data set or embedded.")
         for name in ("batch_size", "gradient_accumulation", "evaluations", "lora_rank"):
@@ -94,18 +99,14 @@ class TrainingConfig:
             raise InputError(f"seed is {self.seed}; it must be below 2**32.")
         if not 0 < self.epochs < float("inf"):
             raise InputError(f"epochs is {self.epochs}; it must be above 0.")
-        if self.warmup is not None and not 0 <= self.warmup < 1:
+        if not 0 <= self.warmup < 1:
             raise InputError(f"warmup is {self.warmup}; it must be at least 0 and below 1.")
         if self.eval_data is None and not 0 < self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; it must be above 0 and below 1, or give eval_data.")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", ("", *SCHEDULES))):
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
-                raise InputError(f'{name} is "{getattr(self, name)}"; choose one of {", ".join(filter(None, known))}.')
+                raise InputError(f'{name} is "{getattr(self, name)}"; choose one of {", ".join(known)}.')
         fast_dtype(self.precision)  # names the allowed values
-        # A record shall hold the values themselves.
-        for name, left_open in (("learning_rate", 0), ("head_learning_rate", 0), ("schedule", ""), ("warmup", None)):
-            if getattr(self, name) == left_open:
-                object.__setattr__(self, name, getattr(METHODS[self.method], name))
 
     def to_dict(self) -> dict:
         return {**asdict(self), "train_data": list(self.train_data), "prefix": self.prefix.to_dict()}

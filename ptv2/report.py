@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from ptv2 import records
 from ptv2.errors import InputError
 from ptv2.methods import METHODS
 from ptv2.metrics import Interval
-from ptv2.sweep_scores import f1_by_start, f1_over_seeds, held_out_f1, shares_held_out
+from ptv2.sweep_scores import f1_by_start, f1_over_seeds, gains_over, held_out_f1, shares_held_out, trial_f1
 from ptv2.training import RUN_FILE
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
@@ -137,6 +138,28 @@ def sweep_table(record: dict) -> str:
         for point in f1_over_seeds(record)
     ]
     return markdown_table(["point", "trained numbers", "seeds", *columns], rows)
+
+
+def gains_table(record: dict, reference: str) -> str:
+    """A Markdown table of how a sweep's points do beside one of them with the same seeds: the mean difference of F1, in points, from
+    the lowest to the highest seed, and how many seeds are ahead; on held-out questions and on the evaluation's, if there are any.
+
+    Raises:
+        InputError: no other point shares a seed with the reference.
+    """
+    gains = {"held-out articles": gains_over(record, reference)}
+    if not gains["held-out articles"]:
+        points = ", ".join(f1_over_seeds(record))
+        raise InputError(f'The sweep "{record["name"]}" has nothing to compare with "{reference}"; its points are {points}.')
+    if evaluation := record["trials"][0]["evaluation"]:
+        gains[short_name(evaluation["data"])] = gains_over(record, reference, trial_f1)
+    rows = []
+    for point in gains["held-out articles"]:
+        rows.append([point])
+        for runs in (of_points[point] for of_points in gains.values()):
+            rows[-1] += [f"{mean(runs):+.1f} [{min(runs):+.1f}, {max(runs):+.1f}]", f"{sum(gain > 0 for gain in runs)} of {len(runs)}"]
+    columns = [column for data in gains for column in (f"F1 on {data}, points more", "seeds ahead")]
+    return markdown_table([f"beside {reference}", *columns], rows)
 
 
 def few_shot_table(record: dict) -> str:

@@ -50,6 +50,19 @@ def f1_over_seeds(record: dict, score: Callable[[dict], Interval] = trial_f1) ->
     return {point: over_seeds(runs) for point, runs in f1_by_point(record, score).items()}
 
 
+def gains_over(record: dict, reference: str, score: Callable[[dict], Interval] = held_out_f1) -> dict[str, list[float]]:
+    """What each other point's runs have more F1, in points, than the reference's runs with the same seeds; points by name.
+
+    Seeds share their start and order of training data, so that such a difference varies less than F1 itself.
+    """
+    of_reference = {trial["seed"]: score(trial).value for trial in record["trials"] if trial["point"] == reference}
+    gains: dict[str, list[float]] = {}
+    for trial in sorted(record["trials"], key=lambda trial: (_by_name(trial["point"]), trial["seed"])):
+        if trial["point"] != reference and trial["seed"] in of_reference:
+            gains.setdefault(trial["point"], []).append(score(trial).value - of_reference[trial["seed"]])
+    return gains
+
+
 def join_by_start(records: list[dict]) -> dict:
     """One record of several sweeps over starts and numbers of questions, to draw them together.
 

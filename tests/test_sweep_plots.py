@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from ptv2.report import Result, few_shot_table, sweep_table
+from ptv2.errors import InputError
+from ptv2.report import Result, few_shot_table, gains_table, sweep_table
 from ptv2.sweep_plots import START_COLOURS, draw_depth, draw_few_shot, draw_how_soon, draw_length, draw_points, draw_search
 from ptv2.sweep_scores import f1_over_seeds, join_by_start, trial_f1
 from ptv2.tradeoff import draw_tradeoff
@@ -183,3 +184,15 @@ def test_the_table_has_means_and_what_is_known_of_their_spread():
     assert sweep_table(record(held_out)).splitlines()[0::2] == [
         "| point | trained numbers | seeds | F1 on held-out articles, % |", "| held out | 10 | 1 | 5.0 |",
     ]  # fmt: skip
+
+
+def test_points_are_compared_with_runs_of_the_same_seed():
+    runs = [trial("plain", {}, seed, 30 + 5 * seed) for seed in (0, 1, 2)]
+    runs += [trial("other", {"weight_decay": 0.1}, seed, 31 + 5 * seed - 3 * (seed == 1)) for seed in (1, 0, 3)]  # seed 2 is not there
+    table = gains_table(record(runs), "plain").splitlines()
+    assert table[0].startswith("| beside plain | F1 on held-out articles, points more | seeds ahead | F1 on xquad_en, points more |")
+    assert table[2:] == ["| other | -0.5 [-2.0, +1.0] | 1 of 2 | -0.5 [-2.0, +1.0] | 1 of 2 |"]
+    without = [{**run, "evaluation": None} for run in runs]
+    assert gains_table(record(without), "plain").splitlines()[2:] == ["| other | -0.5 [-2.0, +1.0] | 1 of 2 |"]
+    with pytest.raises(InputError, match='sweep "decay" has nothing to compare with "none"; its points are other, plain'):
+        gains_table({**record(runs), "name": "decay"}, "none")

@@ -410,11 +410,12 @@ def test_a_run_from_before_a_field_existed_goes_on_as_it_began(make_config, tmp_
 
 
 def test_what_is_left_open_is_the_methods_own(make_config):
-    for method, schedule, warmup in (("p-tuning-v2", "cosine", 0.3), ("fine-tuning", "linear", 0.1)):
+    for method, schedule, warmup, decay in (("p-tuning-v2", "cosine", 0.3, 0.01), ("fine-tuning", "linear", 0.1, 0.0)):
         config = make_config(method=method)
-        assert (config.schedule, config.warmup, config.learning_rate) == (schedule, warmup, METHODS[method].learning_rate)
-    given = make_config(schedule="constant", warmup=0.0)
-    assert (given.schedule, given.warmup) == ("constant", 0.0)
+        assert (config.schedule, config.warmup, config.weight_decay) == (schedule, warmup, decay)
+        assert config.learning_rate == METHODS[method].learning_rate
+    given = make_config(schedule="constant", warmup=0.0, weight_decay=0.0)
+    assert (given.schedule, given.warmup, given.weight_decay) == ("constant", 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
