@@ -24,7 +24,7 @@ from ptv2.training import TrainingConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """A contender with the rates and the batch size that its own authors give.
+    """A contender with the rates, the batch size and the weight decay that its own authors give.
 
     Args:
         contender: name in `contenders.TRAINING`.
@@ -32,6 +32,7 @@ class Recipe:
         source: where they come from.
         warmup: share of the time over which the rates rise. They fall to 0 at its end, so that no method is cut off amid a schedule:
         cosine: as half a cosine, rather than linearly.
+        weight_decay: AdamW's.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Recipe:
     source: str
     warmup: float = 0.1
     cosine: bool = False
+    weight_decay: float = 0.0
 
     def factor(self, passed: float) -> float:
         """The rates' share of their highest after this share of the time."""
@@ -63,11 +65,18 @@ RECIPES = {
         "this package",
         _OURS.warmup,
         _OURS.schedule == "cosine",
+        _OURS.weight_decay,
     )
     for precision in ("fp32", "int8")
 } | {
     "peft": Recipe(
-        "PEFT prefix tuning", "peft-fp32", 1e-2, 1e-2, 8, "PEFT's guide to prefix tuning: AdamW at 1e-2, batches of 8; buckets as for ours"
+        "PEFT prefix tuning",
+        "peft-fp32",
+        1e-2,
+        1e-2,
+        8,
+        "PEFT's guide to prefix tuning: torch's AdamW at 1e-2, batches of 8; buckets as for ours",
+        weight_decay=1e-2,  # torch's own, which the guide leaves
     ),
     "full": Recipe("full fine-tuning", "full-fp32", 1e-4, 1e-4, 16, "the rate and batch size of the recorded runs of this package"),
 }
@@ -112,7 +121,9 @@ def prepare(name: str, setting: Setting, budget: float, held_out: float) -> Answ
     model = _build(recipe, setting, sorted({example.context for example in train})).to(device).train()
     heads = [p for n, p in model.named_parameters() if p.requires_grad and "qa_outputs" in n]
     others = [p for n, p in model.named_parameters() if p.requires_grad and "qa_outputs" not in n]
-    optimiser = torch.optim.AdamW([{"params": others, "lr": recipe.rate}, {"params": heads, "lr": recipe.head_rate}], weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        [{"params": others, "lr": recipe.rate}, {"params": heads, "lr": recipe.head_rate}], weight_decay=recipe.weight_decay
+    )
     peaks = [group["lr"] for group in optimiser.param_groups]
     batches = _batches(features, tokenizer, recipe.batch_size, setting.seed)
     spent = steps = 0.0
