@@ -89,8 +89,8 @@ def test_what_the_pages_say_of_starts_is_what_the_records_say():
     means = {start: {count: f1.value for count, f1 in row.items()} for start, row in f1_by_start(record).items()}
     before = {point: f1.value for point, f1 in f1_over_seeds(read_sweep_record(RESULTS / "sweeps" / "pretraining.json")).items()}
     counts = set(means["activations"])
-    assert len(counts) == 5 and all(set(row) == counts for start, row in means.items() if start != "zero")
-    plain = {count: max(means[start].get(count, 0.0) for start in ("activations", "normal", "zero")) for count in counts}
+    assert len(counts) == 5 and all(set(row) == counts for row in means.values())
+    plain = {count: max(means[start][count] for start in ("activations", "normal", "zero")) for count in counts}
     for count in counts:
         gain = means["full fine-tuning, pretrained"][count] - means["full fine-tuning"][count]
         for objective in ("mixed", "cloze"):
