@@ -100,6 +100,18 @@ def test_what_the_pages_say_of_starts_is_what_the_records_say():
         assert means["pretrained: recurring"][count] < plain[count] + 1
 
 
+def test_of_a_pretrained_start_little_is_left_after_a_long_run():
+    prefixes = [result for result in read_results([RESULTS / "runs"]) if result.method == "p-tuning-v2"]
+    runs = {(result.is_pretrained, result.run["config"]["seed"]): result for result in prefixes}
+
+    def lead(score) -> list[float]:
+        return [score(runs[True, seed]) - score(runs[False, seed]) for seed in (0, 1, 2)]
+
+    on_xquad = lead(lambda result: result.evaluation["f1"]["value"])
+    assert 0 < min(on_xquad) and max(on_xquad) < 3
+    assert sum(lead(lambda result: result.run["metrics"]["held_out_f1"])) < 0
+
+
 def test_three_seeds_of_the_prefix_and_both_baselines_are_recorded():
     results = read_results([RESULTS / "runs"])
     seeds = [result.run["config"]["seed"] for result in results if result.title == "P-tuning v2"]
