@@ -264,8 +264,8 @@ def _pretrain(options: argparse.Namespace) -> None:
         _train(options)
 
 
-def _answerer(options: argparse.Namespace) -> QuestionAnswerer:
-    answerer = QuestionAnswerer.from_pretrained(options.run)
+def _answerer(options: argparse.Namespace, precision: str = "auto") -> QuestionAnswerer:
+    answerer = QuestionAnswerer.from_pretrained(options.run, precision)
     answerer.answers = dataclasses.replace(answerer.answers, **_given(options))
     return answerer
 
@@ -273,7 +273,7 @@ def _answerer(options: argparse.Namespace) -> QuestionAnswerer:
 def _questions(options: argparse.Namespace) -> tuple[QuestionAnswerer, list[Example], list]:
     if options.batch_size < 1:
         raise InputError(f"batch_size is {options.batch_size}; it must be at least 1.")
-    answerer = _answerer(options)
+    answerer = _answerer(options, "fp32")  # "auto" would let scores depend on the machine
     examples = load_examples(options.data, "dev")
     return answerer, examples, answerer.predict_examples(examples, options.batch_size, show_progress)
 

@@ -193,7 +193,7 @@ def _evaluation(run: Path, data: str) -> dict:
     """The run's score on `data`, as `ptv2 evaluate` writes it; one that is there is taken."""
     file = run / "evaluation.json"
     if not file.is_file():
-        answerer, examples = QuestionAnswerer.from_pretrained(run), load_examples(data, "dev")
+        answerer, examples = QuestionAnswerer.from_pretrained(run, "fp32"), load_examples(data, "dev")
         predictions = answerer.predict_examples(examples, progress=show_progress)
         command = f"ptv2 evaluate {run} --data {data}"
         records.write_json(file, evaluation_record(run, answerer, data, examples, predictions, command))
