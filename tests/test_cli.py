@@ -51,7 +51,7 @@ def run_v2(tiny_bert, tmp_path_factory) -> Path:
     """A run trained on SQuAD 2.0 questions, with a threshold at which it declines to answer some of them."""
     path = tmp_path_factory.mktemp("cli") / "run"
     assert cli.main(train_words(tiny_bert, V2, path)) == 0
-    odds = [p.no_answer_odds for p in QuestionAnswerer.from_pretrained(path).predict_examples(load_examples(V2))]
+    odds = [p.no_answer_odds for p in QuestionAnswerer.from_pretrained(path, "fp32").predict_examples(load_examples(V2))]
     described = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
     described["answers"]["no_answer_threshold"] = statistics.median_low(odds)
     (path / DESCRIPTION_FILE).write_text(json.dumps(described), encoding="utf-8")
