@@ -409,12 +409,13 @@ def _report(options: argparse.Namespace) -> None:
         from ptv2.sweep_scores import join_by_start
         from ptv2.sweeps import read_sweep_record
 
-        sweeps = {f"sweep: {file.stem}": read_sweep_record(file) for file in options.records}
-        tables = {mark: sweep_table(record) for mark, record in sweeps.items()}
-        if options.gains:
-            tables = {f"gains: {record['name']}": gains_table(record, options.gains) for record in sweeps.values()}
+        sweeps = {file.stem: read_sweep_record(file) for file in options.records}
         if options.starts:
             tables = {"starts": few_shot_table(join_by_start(list(sweeps.values())))}
+        elif options.gains:
+            tables = {f"gains: {name}": gains_table(record, options.gains) for name, record in sweeps.items()}
+        else:
+            tables = {f"sweep: {name}": sweep_table(record) for name, record in sweeps.items()}
         for mark, table in tables.items():
             print(table)
             if options.into:
